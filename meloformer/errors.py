@@ -1,0 +1,28 @@
+"""What a user can put right: one line on stderr, exit status 2, no traceback.
+
+>>> raise UserError("configs/demo.yaml: model.n_layers is not a key; the nearest is model.n_layer")
+Traceback (most recent call last):
+...
+meloformer.errors.UserError: configs/demo.yaml: model.n_layers is not a key; the nearest is model.n_layer
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(ValueError):
+    """Bad input. The message is one line: what was received, where, what is accepted or what to do."""
+
+
+def exit_cleanly(main: Callable[[], None]) -> None:
+    """Run a command; a `UserError` becomes one line on stderr and exit status 2, Ctrl-C exit status 130."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

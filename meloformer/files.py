@@ -1,0 +1,34 @@
+"""Files that are whole or absent: the one place that writes through a temporary name and a rename.
+
+>>> write_atomic("/tmp/example.json", b"{}")   # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def sync_directory(path: str | Path) -> None:
+    """Make a rename inside `path` durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomic(path: str | Path, data: bytes) -> None:
+    """Write `data` so that `path` holds either its old content or all of the new, whatever happens meanwhile."""
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(aside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
