@@ -1,0 +1,146 @@
+"""The bytes of a MIDI file, looked at before any library reads them: is it one, is it whole, which programs hold.
+
+>>> data, counts = tidy("song.mid")   # doctest: +SKIP
+>>> data[:4], counts                  # doctest: +SKIP
+(b'MThd', Counter({'skipped_chunks': 1}))
+
+In: a path. Out: the same music as bytes that every library reads alike, and counts; or a `MidiError` that says what
+the file is instead and what to do. The tidied copy has the MTrk chunks alone and their true number in the header, for
+one library stops at a wrong number and another at a foreign chunk.
+
+The surprise: a program change belongs to a channel, not to a track, and libraries follow it inside its track only. In
+5 % of web files (10 of 199) a channel gets its program in one track and its notes in another, and these would come
+out as pianos. So what a track states before its first note is put before every other track as well.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import Counter
+from pathlib import Path
+
+from meloformer.midi.score import MidiError
+
+RESAVE = "open it in a sequencer and save it as a Standard MIDI File"
+# What a file that is no MIDI begins with: (offset, bytes, what it is, what to do)
+DISGUISES = (
+    (0, b"RIFF", "a RIFF file (RMID), not a plain MIDI file", RESAVE),
+    (0, b"PK\x03\x04", "a zip archive", "unpack it first"),
+    (0, b"\x1f\x8b", "gzip data", "unpack it first"),
+    (0, b"CTMF", "a Creative Music File, not MIDI", RESAVE),
+    (0, b"CAKEWALK", "a Cakewalk project, not MIDI", RESAVE),
+    (128, b"MThd", "a MIDI file inside a MacBinary wrapper", "remove its first 128 bytes"),
+)
+
+
+def tidy(path: str | Path) -> tuple[bytes, Counter]:
+    """The file with its MTrk chunks alone and their true number in the header, and counts; MidiError if not MIDI."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise MidiError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    if data[:4] != b"MThd":
+        raise MidiError(f"{path}: {_what_it_is(data)}")
+    if len(data) < 14:
+        raise MidiError(f"{path}: cut short after {len(data)} bytes; fetch the file again")
+    length, kind, stated_tracks, division = struct.unpack(">IHHH", data[4:14])
+    if length < 6 or length > len(data) - 8 or kind > 2:
+        raise MidiError(f"{path}: damaged header (length {length}, type {kind}); fetch the file again")
+    if kind == 2:
+        raise MidiError(f"{path}: type 2, independent patterns; {RESAVE} of type 1")
+    if division & 0x8000:
+        raise MidiError(f"{path}: SMPTE time, which has no bars; {RESAVE} with ticks per quarter note")
+    if division == 0:
+        raise MidiError(f"{path}: division 0, so its times mean nothing; {RESAVE}")
+
+    tracks, skipped, at = [], 0, 8 + length
+    while at + 8 <= len(data):
+        name, size = struct.unpack(">4sI", data[at : at + 8])
+        if name == b"MTrk":
+            if at + 8 + size > len(data):
+                raise MidiError(
+                    f"{path}: cut short: track {len(tracks) + 1} states {size} bytes, {len(data) - at - 8} are there; "
+                    "fetch the file again"
+                )
+            tracks.append(data[at : at + 8 + size])
+            at += 8 + size
+            continue
+        skipped += 1
+        next_track = data.find(b"MTrk", at)
+        fits = name.isalnum() and at + 8 + size <= len(data)
+        at = at + 8 + size if fits else next_track if next_track >= 0 else len(data)
+    if not tracks:
+        raise MidiError(f"{path}: a header and no tracks (it states {stated_tracks}); fetch the file again")
+    counts = Counter({"skipped_chunks": skipped} if skipped else {})
+    header = b"MThd" + struct.pack(">IHHH", 6, min(kind, 1) if len(tracks) == 1 else 1, len(tracks), division)
+    return header + b"".join(_with_shared_programs(tracks)), counts
+
+
+def _what_it_is(data: bytes) -> str:
+    if not data:
+        return "empty; fetch the file again"
+    if not data.strip(b"\0 \t\r\n"):
+        return "only zeros and blanks; fetch the file again"
+    for offset, mark, what, remedy in DISGUISES:
+        if data[offset : offset + len(mark)] == mark:
+            return f"{what}; {remedy}"
+    start = data[:512].lstrip().lower()
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")) or b"<html" in start:
+        return "a web page, not MIDI; fetch the file again"
+    at = data.find(b"MThd")
+    if at >= 0:
+        return f"no MIDI at its start, but MThd stands at byte {at}; remove what precedes it"
+    return "not a MIDI file (no MThd at its start); remove it from the folder"
+
+
+def _with_shared_programs(tracks: list[bytes]) -> list[bytes]:
+    """The tracks, each beginning with the program that any of them states first for a channel.
+
+    A track's own program changes come after and win. Only what stands before a track's first note counts: later
+    changes are followed inside their own track alone.
+    """
+    stated = sorted((event for track in tracks for event in _opening_programs(track)), key=lambda event: event[0])
+    programs: dict[int, int] = {}
+    for _, channel, program in stated:
+        programs.setdefault(channel, program)
+    if len(tracks) < 2 or not any(programs.values()):
+        return tracks
+    prefix = b"".join(bytes((0, 0xC0 | channel, program)) for channel, program in sorted(programs.items()))
+    return [b"MTrk" + struct.pack(">I", len(prefix) + len(track) - 8) + prefix + track[8:] for track in tracks]
+
+
+def _opening_programs(track: bytes) -> list[tuple[int, int, int]]:
+    """(tick, channel, program) of the program changes before the first note of an MTrk chunk; stops at damage."""
+    found: list[tuple[int, int, int]] = []
+    at, tick, running = 8, 0, 0
+    try:
+        while at < len(track):
+            delta, at = _variable_length(track, at)
+            tick += delta
+            status = track[at] if track[at] >= 0x80 else running
+            at += track[at] >= 0x80
+            if status in (0xFF, 0xF0, 0xF7):  # a meta event has a type byte before its length, a sysex has not
+                length, at = _variable_length(track, at + (status == 0xFF))
+                at += length
+                continue
+            running = status
+            kind = status >> 4
+            if kind == 0xC and track[at] < 128:
+                found.append((tick, status & 15, track[at]))
+            if kind == 0x9 and track[at + 1]:
+                break
+            if not 0x8 <= kind <= 0xE:
+                break
+            at += 1 if kind in (0xC, 0xD) else 2
+    except IndexError:
+        pass  # cut inside an event: the readers will say so
+    return found
+
+
+def _variable_length(data: bytes, at: int) -> tuple[int, int]:
+    """The number of seven bits a byte at `at`, and where it ends."""
+    value = 0
+    while data[at] & 0x80:
+        value = value << 7 | data[at] & 0x7F
+        at += 1
+    return value << 7 | data[at], at + 1

@@ -1,0 +1,286 @@
+"""MIDI file -> raw `Score`, through symusic, or through miditoolkit's parser where symusic refuses or is not installed.
+
+>>> score = read_score("song.mid")   # doctest: +SKIP
+>>> score.num_notes, score.counts    # doctest: +SKIP
+(2310, Counter({'control_changes': 412, 'zero_duration': 3}))
+
+What the file says becomes tables, and nothing is moved: times are the file's own ticks, overlaps of one pitch, odd
+meters and stray notes are all still there (`hid.quantize` deals with them). The rules, the same for both readers:
+
+- One `Track` for each (track of the file, channel, program) that has notes, in that order. A program change inside
+  a track so starts another track; a note has the program that was in force, in its own track, when it began. Drums
+  are channel 10.
+- A note-off ends the oldest sounding note of its pitch, channel and track. A note that is never ended is dropped,
+  and so is a note-off without a note; symusic does not report them, so they are not counted.
+- A note that ends on the tick where it begins (common in drum tracks) lasts one tick: `zero_duration`.
+- Meters and tempos start at tick 0, 4/4 and 120 quarters a minute unless the file says so. Of several on one tick
+  the last of the file wins: `same_tick_meters`, `same_tick_tempos`, counted where they differ. A meter without beats
+  or whose lower number is no power of two up to 128, and a tempo of zero, are dropped: `invalid_meters`,
+  `invalid_tempos`. A file that states no meter counts `no_meter`.
+- Data bytes above 127 are read as 127: `repaired`. Chunks that are no tracks are skipped: `skipped_chunks`. A file
+  with both is too far gone to be music.
+- What a Score does not hold is counted, as far as the library reports it: `pitch_bends`, `control_changes`,
+  `pedals` (presses of the sustain pedal).
+
+What cannot be read is a `MidiError`: SMPTE time, division 0, type 2 (independent patterns, not one piece), files cut
+short, and files that are no MIDI.
+
+The surprise: the libraries do not see the file but a tidied copy (`midi.chunks`), in which a program that one track
+states for a channel holds for the other tracks of that channel too.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import struct
+from collections import Counter, defaultdict, deque
+from pathlib import Path
+
+import numpy as np
+
+from meloformer.midi.chunks import RESAVE, tidy
+from meloformer.midi.score import (
+    DEFAULT_METER,
+    DEFAULT_QPM,
+    METER_DTYPE,
+    NOTE_DTYPE,
+    TEMPO_DTYPE,
+    MidiError,
+    Score,
+    Track,
+    note_table,
+)
+
+try:
+    import symusic
+except ImportError:  # no wheel for this platform: everything works, fifty times slower
+    symusic = None
+
+MAX_TICK = 2**31 - 1  # symusic holds times in 32 bits
+MICROSECONDS_PER_MINUTE = 60_000_000
+MAX_DENOMINATOR = 128
+
+
+def read_score(path: str | Path) -> Score:
+    """Read a MIDI file; `MidiError`, one line, if it holds no readable music."""
+    data, counts = tidy(path)
+    if symusic is None:
+        return _with_miditoolkit(path, data, counts)
+    try:
+        return _with_symusic(path, data, counts)
+    except MidiError as refusal:
+        try:
+            return _with_miditoolkit(path, data, counts)
+        except MidiError:
+            raise refusal from None
+
+
+def read_with_symusic(path: str | Path) -> Score:
+    """`read_score` through symusic alone."""
+    if symusic is None:
+        raise MidiError(f"{path}: symusic is not installed; pip install symusic")
+    return _with_symusic(path, *tidy(path))
+
+
+def read_with_miditoolkit(path: str | Path) -> Score:
+    """`read_score` through miditoolkit's parser (mido) alone: slow, and independent of symusic."""
+    return _with_miditoolkit(path, *tidy(path))
+
+
+def _count_repair(path, counts: Counter) -> None:
+    """A few data bytes above 127 are a slip; together with foreign bytes between the tracks they are a wreck."""
+    counts["repaired"] += 1
+    if counts["skipped_chunks"]:
+        raise MidiError(f"{path}: damaged MIDI (bytes above 127, and foreign bytes between its tracks); {RESAVE}")
+
+
+# --- symusic ------------------------------------------------------------------------------------------------
+
+
+def _with_symusic(path: str | Path, data: bytes, counts: Counter) -> Score:
+    counts = counts.copy()
+    try:
+        try:
+            parsed = symusic.Score.from_midi(data)
+        except RuntimeError:
+            parsed = symusic.Score.from_midi(data, sanitize_data=True)
+            _count_repair(path, counts)
+    except (RuntimeError, IndexError, MemoryError, OverflowError, UnicodeError) as error:
+        reason = str(error).split("\n")[0].removeprefix("MiniMidi: ").removesuffix(": iostream error")
+        raise MidiError(f"{path}: damaged MIDI ({reason}); {RESAVE}") from None
+
+    tracks, tables = [], []
+    for track in parsed.tracks:
+        counts["pitch_bends"] += len(track.pitch_bends)
+        counts["control_changes"] += len(track.controls)
+        counts["pedals"] += len(track.pedals)
+        if len(track.notes):
+            columns = track.notes.numpy()
+            table = np.empty(len(track.notes), dtype=NOTE_DTYPE)
+            table["track"] = len(tracks)
+            table["onset"], table["duration"] = columns["time"], columns["duration"]
+            table["pitch"], table["velocity"] = columns["pitch"], columns["velocity"]
+            tracks.append(Track(int(track.program), bool(track.is_drum), track.name))
+            tables.append(table)
+    meters, tempos = parsed.time_signatures.numpy(), parsed.tempos.numpy()
+    if _order_was_lost(meters) or _order_was_lost(tempos):
+        meters, tempos = _meta_events(_parse_with_mido(path, data, Counter()))
+    return _finish(path, parsed.ticks_per_quarter, tracks, tables, meters, tempos, counts)
+
+
+def _order_was_lost(events: dict[str, np.ndarray]) -> bool:
+    """Whether symusic may have shuffled events of one tick: it sorts lists of more than 24 by an unstable sort."""
+    return len(events["time"]) > 24 and bool((np.diff(events["time"]) == 0).any())
+
+
+# --- miditoolkit's parser -----------------------------------------------------------------------------------
+
+
+def _parse_with_mido(path: str | Path, data: bytes, counts: Counter):
+    """mido's MidiFile. Not miditoolkit.MidiFile: version 1.0.1 gives a note the program of its note-off, and forgets
+    all earlier tempos where a later track has one at tick 0."""
+    try:
+        import mido
+        from mido.midifiles.meta import KeySignatureError
+    except ImportError:
+        raise MidiError(f"{path}: neither symusic nor miditoolkit reads it here; pip install miditoolkit") from None
+    try:
+        try:
+            return mido.MidiFile(file=io.BytesIO(data))
+        except KeySignatureError:  # mido stops at a key it does not know; nothing here reads keys
+            data = re.sub(rb"\xff\x59\x02..", b"\xff\x59\x02\x00\x00", data, flags=re.DOTALL)
+            return mido.MidiFile(file=io.BytesIO(data), clip=True)
+        except (OSError, ValueError):
+            parsed = mido.MidiFile(file=io.BytesIO(data), clip=True)
+            _count_repair(path, counts)
+            return parsed
+    except MidiError:
+        raise
+    except (OSError, EOFError, ValueError, LookupError, TypeError, struct.error, KeySignatureError) as error:
+        reason = str(error).split("\n")[0] or "it ends inside an event"
+        raise MidiError(f"{path}: damaged MIDI ({reason}); {RESAVE}") from None
+
+
+def _meta_events(parsed) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Meters and tempos of all tracks in the order of time, then of the file."""
+    meters, tempos = [], []
+    for track in parsed.tracks:
+        tick = 0
+        for event in track:
+            tick += event.time
+            if event.type == "time_signature":
+                denominator = event.denominator if event.denominator <= MAX_DENOMINATOR else 0
+                meters.append((tick, event.numerator, denominator))
+            elif event.type == "set_tempo":
+                tempos.append((tick, event.tempo))
+    meters = np.array(meters, dtype=np.int64).reshape(-1, 3)
+    tempos = np.array(tempos, dtype=np.int64).reshape(-1, 2)
+    meters = meters[np.argsort(meters[:, 0], kind="stable")]
+    tempos = tempos[np.argsort(tempos[:, 0], kind="stable")]
+    return (
+        dict(zip(("time", "numerator", "denominator"), meters.T)),
+        dict(zip(("time", "mspq"), tempos.T)),
+    )
+
+
+def _with_miditoolkit(path: str | Path, data: bytes, counts: Counter) -> Score:
+    counts = counts.copy()
+    parsed = _parse_with_mido(path, data, counts)
+    tracks, tables = [], []
+    for events in parsed.tracks:
+        parts = _notes_by_part(events, counts)
+        for channel, program in sorted(parts):
+            rows = parts[channel, program]
+            tables.append(np.array([(len(tracks), *row) for row in rows], dtype=NOTE_DTYPE))
+            tracks.append(Track(program, channel == 9, _name(events)))
+    return _finish(path, parsed.ticks_per_beat, tracks, tables, *_meta_events(parsed), counts)
+
+
+def _notes_by_part(events, counts: Counter) -> dict[tuple[int, int], list[tuple[int, int, int, int]]]:
+    """{(channel, program): [(onset, duration, pitch, velocity)]} of one track of the file."""
+    parts = defaultdict(list)
+    program = [0] * 16
+    sounding = defaultdict(deque)  # (channel, pitch) -> (onset, velocity, program), oldest first
+    pressed = [False] * 16
+    tick = 0
+    for event in events:
+        tick += event.time
+        if event.type == "note_on" and event.velocity > 0:
+            sounding[event.channel, event.note].append((tick, event.velocity, program[event.channel]))
+        elif event.type in ("note_on", "note_off"):
+            if sounding[event.channel, event.note]:
+                onset, velocity, started_as = sounding[event.channel, event.note].popleft()
+                parts[event.channel, started_as].append((onset, tick - onset, event.note, velocity))
+        elif event.type == "program_change":
+            program[event.channel] = event.program
+        elif event.type == "pitchwheel":
+            counts["pitch_bends"] += 1
+        elif event.type == "control_change":
+            counts["control_changes"] += 1
+            if event.control == 64:
+                counts["pedals"] += event.value >= 64 and not pressed[event.channel]
+                pressed[event.channel] = event.value >= 64
+    return parts
+
+
+def _name(events) -> str:
+    """The last name of a track, as symusic has it; mido reads latin-1, most files of today are UTF-8."""
+    names = [event.name for event in events if event.type == "track_name"]
+    raw = names[-1].encode("latin-1", "replace") if names else b""
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return raw.decode("latin-1")
+
+
+# --- what both share ----------------------------------------------------------------------------------------
+
+
+def _finish(path, ticks_per_quarter, tracks, tables, meters, tempos, counts) -> Score:
+    notes = np.concatenate(tables) if tables else np.empty(0, dtype=NOTE_DTYPE)
+    times = [notes["onset"], notes["onset"] + notes["duration"], meters["time"], tempos["time"]]
+    if any(len(t) and (t.min() < 0 or t.max() > MAX_TICK) for t in times):
+        raise MidiError(f"{path}: a time beyond {MAX_TICK} ticks, so the file is damaged; {RESAVE}")
+    zero = notes["duration"] == 0
+    notes["duration"][zero] = 1
+    counts["zero_duration"] += int(zero.sum())
+    counts["no_meter"] += not len(meters["time"])
+    return Score(
+        int(ticks_per_quarter),
+        tracks,
+        note_table(notes),
+        _meter_map(meters, counts),
+        _tempo_map(tempos, counts),
+        counts=+counts,
+    )
+
+
+def _meter_map(events: dict[str, np.ndarray], counts: Counter) -> np.ndarray:
+    table = np.empty(len(events["time"]), dtype=METER_DTYPE)
+    table["tick"], table["numerator"], table["denominator"] = (
+        events["time"],
+        events["numerator"],
+        events["denominator"],
+    )
+    lower = table["denominator"]
+    valid = (table["numerator"] > 0) & (lower > 0) & (lower <= MAX_DENOMINATOR) & (lower & (lower - 1) == 0)
+    counts["invalid_meters"] += int((~valid).sum())
+    return _last_of_each_tick(table[valid], np.array([(0, *DEFAULT_METER)], METER_DTYPE), "meters", counts)
+
+
+def _tempo_map(events: dict[str, np.ndarray], counts: Counter) -> np.ndarray:
+    valid = events["mspq"] > 0
+    counts["invalid_tempos"] += int((~valid).sum())
+    table = np.empty(int(valid.sum()), dtype=TEMPO_DTYPE)
+    table["tick"], table["qpm"] = events["time"][valid], MICROSECONDS_PER_MINUTE / events["mspq"][valid]
+    return _last_of_each_tick(table, np.array([(0, DEFAULT_QPM)], TEMPO_DTYPE), "tempos", counts)
+
+
+def _last_of_each_tick(table: np.ndarray, default: np.ndarray, kind: str, counts: Counter) -> np.ndarray:
+    """`table`, sorted by tick, with one row a tick and `default` before it where it starts after tick 0."""
+    if not len(table) or table["tick"][0] > 0:
+        table = np.concatenate([default, table])
+    again = np.flatnonzero(np.diff(table["tick"]) == 0)
+    counts[f"same_tick_{kind}"] += int((table[again] != table[again + 1]).sum())
+    return np.delete(table, again)

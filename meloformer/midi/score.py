@@ -1,0 +1,169 @@
+"""A piece of music as numpy tables: notes, meters, tempos, tracks. Everything else reads or makes a `Score`.
+
+Times are integer ticks from the beginning, `ticks_per_quarter` of them to a quarter note.
+
+>>> score = Score(480, [Track(program=33)], note_table([(0, 480, 240, 40, 90)]))
+>>> score.num_notes, score.tracks[0].instrument
+(1, 33)
+
+A Score is either *raw*, as a reader found it (any resolution, meters and tempos anywhere), or *quantized*
+(`hid.quantize`): then every time lies on the token grid, meters and tempos stand at bar lines, `num_bars` is set,
+and the tokenizer takes it exactly as it stands. The surprise: equality is about the music alone, so track
+names and the counts of what was lost do not enter it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from meloformer.errors import UserError
+
+DRUMS = 128  # the instrument number of every drum track; 0..127 are General MIDI programs
+DEFAULT_QPM = 120.0  # what a MIDI file without a tempo event means (Standard MIDI Files 1.0, p. 9)
+DEFAULT_METER = (4, 4)
+
+NOTE_DTYPE = np.dtype(
+    [("track", np.int32), ("onset", np.int64), ("duration", np.int64), ("pitch", np.uint8), ("velocity", np.uint8)]
+)
+METER_DTYPE = np.dtype([("tick", np.int64), ("numerator", np.int32), ("denominator", np.int32)])
+TEMPO_DTYPE = np.dtype([("tick", np.int64), ("qpm", np.float64)])  # quarter notes per minute
+
+
+class MidiError(UserError):
+    """A file or score that cannot be read as music; the message says what, where and what to do."""
+
+
+class Control(NamedTuple):
+    """A condition token and the place it belongs to.
+
+    `track` -1 with `bar` -1 is the whole stream; `track` -1 with a bar is that bar of the conductor; a track with
+    `bar` -1 is the whole track. `onset` is a tick inside the bar for a chord, else -1. `token` is the vocabulary id.
+    """
+
+    track: int
+    bar: int
+    onset: int
+    token: int
+
+
+@dataclass(frozen=True)
+class Track:
+    """One part. `program` is a General MIDI program 0..127 (ignored by drums)."""
+
+    program: int
+    is_drum: bool = False
+    name: str = ""
+
+    @property
+    def instrument(self) -> int:
+        """0..127, or DRUMS."""
+        return DRUMS if self.is_drum else self.program
+
+
+def note_table(rows: Iterable[tuple[int, int, int, int, int]] | np.ndarray = ()) -> np.ndarray:
+    """(track, onset, duration, pitch, velocity) rows as a table sorted by track, onset, pitch."""
+    notes = np.asarray(rows if isinstance(rows, np.ndarray) else list(rows), dtype=NOTE_DTYPE).reshape(-1)
+    return notes[np.lexsort((notes["duration"], notes["pitch"], notes["onset"], notes["track"]))]
+
+
+def _meter_table(rows=((0, *DEFAULT_METER),)) -> np.ndarray:
+    return np.asarray(list(rows), dtype=METER_DTYPE)
+
+
+def _tempo_table(rows=((0, DEFAULT_QPM),)) -> np.ndarray:
+    return np.asarray(list(rows), dtype=TEMPO_DTYPE)
+
+
+@dataclass(eq=False)
+class Score:
+    """Notes sorted by (track, onset, pitch); meters and tempos sorted by tick, the first at tick 0.
+
+    `num_bars` is None in a raw score. `controls` are the condition tokens of a decoded stream. `counts` says what
+    reading and quantising changed or dropped, by name of the rule.
+    """
+
+    ticks_per_quarter: int
+    tracks: list[Track] = field(default_factory=list)
+    notes: np.ndarray = field(default_factory=note_table)
+    meters: np.ndarray = field(default_factory=_meter_table)
+    tempos: np.ndarray = field(default_factory=_tempo_table)
+    num_bars: int | None = None
+    controls: list[Control] = field(default_factory=list)
+    quantized: bool = False
+    counts: Counter = field(default_factory=Counter)
+
+    def __post_init__(self):
+        if self.ticks_per_quarter <= 0:
+            raise MidiError(f"ticks_per_quarter is {self.ticks_per_quarter}, must be positive")
+        if not isinstance(self.meters, np.ndarray):
+            self.meters = _meter_table(self.meters)
+        if not isinstance(self.tempos, np.ndarray):
+            self.tempos = _tempo_table(self.tempos)
+
+    @property
+    def num_notes(self) -> int:
+        return len(self.notes)
+
+    @property
+    def instruments(self) -> np.ndarray:
+        """(tracks,) int32: instrument number of each track."""
+        return np.array([track.instrument for track in self.tracks], dtype=np.int32)
+
+    @property
+    def end_tick(self) -> int:
+        """Where the last note stops sounding."""
+        return int((self.notes["onset"] + self.notes["duration"]).max()) if len(self.notes) else 0
+
+    def bar_lines(self) -> np.ndarray:
+        """(num_bars + 1,) int64 ticks of the bar lines of a quantized score, the end of the last bar included."""
+        if self.num_bars is None:
+            raise MidiError("bar_lines() needs a quantized score: call hid.quantize first")
+        return bar_lines(self.meters, self.ticks_per_quarter, self.num_bars)
+
+    def seconds_at(self, ticks: np.ndarray | int) -> np.ndarray:
+        """Seconds from the beginning to each tick, through the tempo map."""
+        ticks = np.asarray(ticks)
+        starts = self.tempos["tick"]
+        seconds_per_tick = 60.0 / (self.tempos["qpm"] * self.ticks_per_quarter)
+        elapsed = np.concatenate(([0.0], np.cumsum(np.diff(starts) * seconds_per_tick[:-1])))
+        i = np.searchsorted(starts, ticks, side="right") - 1
+        return elapsed[i] + (ticks - starts[i]) * seconds_per_tick[i]
+
+    def __eq__(self, other) -> bool:
+        if not isinstance(other, Score):
+            return NotImplemented
+        return (
+            self.ticks_per_quarter == other.ticks_per_quarter
+            and self.num_bars == other.num_bars
+            and np.array_equal(self.instruments, other.instruments)
+            and np.array_equal(self.notes, other.notes)
+            and np.array_equal(self.meters, other.meters)
+            and np.array_equal(self.tempos, other.tempos)
+            and self.controls == other.controls
+        )
+
+    __hash__ = None
+
+
+def bar_ticks(numerator, denominator, ticks_per_quarter: int):
+    """Length of a bar in ticks; works on arrays."""
+    return numerator * 4 * ticks_per_quarter // denominator
+
+
+def bar_lines(meters: np.ndarray, ticks_per_quarter: int, num_bars: int) -> np.ndarray:
+    """(num_bars + 1,) int64: ticks of the bar lines when every meter change stands on one.
+
+    >>> bar_lines(_meter_table([(0, 4, 4), (192, 3, 4)]), 24, 4).tolist()
+    [0, 96, 192, 264, 336]
+    """
+    lengths = bar_ticks(meters["numerator"].astype(np.int64), meters["denominator"], ticks_per_quarter)
+    spans = np.diff(meters["tick"])
+    repeats = np.zeros(len(meters), dtype=np.int64)
+    repeats[:-1] = spans // lengths[:-1]
+    repeats[-1] = max(num_bars - int(repeats[:-1].sum()), 0)
+    return np.concatenate(([0], np.cumsum(np.repeat(lengths, repeats))))[: num_bars + 1]
