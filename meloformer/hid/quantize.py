@@ -1,0 +1,277 @@
+"""From a raw `Score` to one that the token grid holds exactly, every loss counted by name.
+
+`quantize(score, vocabulary)` returns a new Score with `quantized=True`: times in ticks of the vocabulary's grid, meters
+from its table and only at bar lines, whole-BPM tempos only at bar lines, `num_bars` set, representable durations and
+velocities, tracks without notes gone. A score that is already quantized comes back as it is.
+
+>>> from meloformer.midi import Track, note_table
+>>> raw = Score(480, [Track(0)], note_table([(0, 490, 230, 60, 99)]), meters=[(0, 3, 4)])
+>>> score = quantize(raw, Vocabulary())
+>>> score.notes[["onset", "duration", "velocity"]].tolist(), score.num_bars
+([(25, 11, 98)], 1)
+
+The rules (counted under the names in brackets; DESIGN.md section 3):
+
+- onset and end are rounded to the grid, halves up; a note lasts at least one tick. [onsets_moved: by more than 1/48
+  of a quarter note]
+- the same pitch struck twice at once in one track: the longer, then the louder stays. [duplicate_notes]
+- a note that still sounds when its pitch is struck again ends there. [overlaps]
+- a duration between two representable ones goes to the nearest, but never past the next note of its pitch; longer than
+  eight whole notes is cut. [durations_rounded, durations_cut]
+- 1/4 throughout means that the writer had no meter: 4/4. [meter_quarter_throughout]
+- a meter outside the table: the same length over another denominator; else each bar split into equal bars of at least
+  two quarters; else 4/4. [meters_rewritten, meters_split, meters_replaced]
+- a meter change inside a bar cuts that bar short, to a sixteenth. [bars_cut] A restatement of the meter in force is
+  no change.
+- notes beyond a gap of more than 64 bars are dropped if they are at most 1 % of the piece. [stray_notes]
+- one tempo a bar, the bar's average so that its seconds are kept, written where it differs by 4 % or more from the one
+  in force; what a smaller change leaves is carried into the next bar. [tempos_merged; tempos_clipped outside 20..320]
+- the piece ends with the bar of its last onset.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from math import floor
+
+import numpy as np
+
+from meloformer.hid.vocabulary import MAX_BPM, MIN_BPM, NUM_VELOCITIES, Vocabulary
+from meloformer.midi.score import METER_DTYPE, TEMPO_DTYPE, MidiError, Score, bar_ticks
+
+STRAY_GAP_BARS = 64
+STRAY_SHARE = 0.01
+MAX_BARS = 100_000  # beyond this a file is damaged, not long: some claim millions of bars
+TEMPO_CHANGE = 0.04
+_SLOWEST, _FASTEST = 1.0, 100_000.0  # qpm; what damaged tempo events are held to before averaging
+
+
+def round_half_up(numerator: np.ndarray, denominator: int) -> np.ndarray:
+    """floor(numerator / denominator + 1/2) in integers."""
+    return (2 * numerator + denominator) // (2 * denominator)
+
+
+def quantize(score: Score, vocabulary: Vocabulary) -> Score:
+    """See the module's docstring. MidiError for a piece of more than MAX_BARS bars."""
+    if score.quantized:
+        if score.ticks_per_quarter != vocabulary.resolution:
+            raise MidiError(
+                f"the score is quantized to {score.ticks_per_quarter} ticks a quarter note, "
+                f"the vocabulary to {vocabulary.resolution}"
+            )
+        return score
+    counts = Counter()
+    resolution = vocabulary.resolution
+    notes = _notes_on_grid(score, resolution, counts)
+    meters = _meters_on_grid(score, vocabulary, int(notes["onset"].max(initial=0)), counts)
+    notes = _drop_stray(notes, meters, resolution, counts)
+    num_bars = int(_bar_of(notes["onset"].max(initial=0, keepdims=True), meters, resolution)[0]) + 1
+    if num_bars > MAX_BARS:
+        raise MidiError(f"the piece has {num_bars:,} bars; at most {MAX_BARS:,} are read, so the file looks damaged")
+    notes = _unique(notes, counts)
+    notes["duration"] = _durations_on_grid(notes, vocabulary, counts)
+    notes["velocity"] = bin_velocity(notes["velocity"])
+    sounding = np.unique(notes["track"])
+    counts["empty_tracks"] += len(score.tracks) - len(sounding)
+    notes["track"] = np.searchsorted(sounding, notes["track"])
+    result = Score(
+        ticks_per_quarter=resolution,
+        tracks=[score.tracks[i] for i in sounding],
+        notes=notes,
+        meters=meters,
+        num_bars=num_bars,
+        quantized=True,
+    )
+    lines = result.bar_lines()
+    result.meters = meters[meters["tick"] < lines[-1]]
+    result.tempos = _tempos_on_grid(score, lines, resolution, counts)
+    result.counts = score.counts + counts  # + drops the zeros
+    return result
+
+
+def bin_velocity(velocity: np.ndarray) -> np.ndarray:
+    """The middle of each MIDI velocity's bin, 1..127; a fixed point of itself.
+
+    >>> bin_velocity(np.array([1, 64, 66, 127], dtype=np.uint8)).tolist()
+    [2, 66, 66, 126]
+    """
+    width = 128 // NUM_VELOCITIES
+    return (np.clip(velocity, 1, 127) // width * width + width // 2).astype(np.uint8)
+
+
+# --- notes ---------------------------------------------------------------------------------------------------
+
+
+def _notes_on_grid(score: Score, resolution: int, counts: Counter) -> np.ndarray:
+    notes = score.notes.copy()
+    tpq = score.ticks_per_quarter
+    raw_onset, raw_end = notes["onset"], notes["onset"] + notes["duration"]
+    onset = round_half_up(raw_onset * resolution, tpq)
+    # |onset / resolution - raw / tpq| > 1 / 48 quarter, in integers
+    counts["onsets_moved"] += int((48 * np.abs(onset * tpq - raw_onset * resolution) > tpq * resolution).sum())
+    end = round_half_up(raw_end * resolution, tpq)
+    notes["onset"], notes["duration"] = onset, np.maximum(end - onset, 1)
+    return notes
+
+
+def _drop_stray(notes: np.ndarray, meters: np.ndarray, resolution: int, counts: Counter) -> np.ndarray:
+    if not len(notes):
+        return notes
+    bars = _bar_of(notes["onset"], meters, resolution)
+    ordered = np.sort(bars)
+    after_gap = np.flatnonzero(np.diff(ordered) > STRAY_GAP_BARS) + 1
+    few = after_gap[len(notes) - after_gap <= STRAY_SHARE * len(notes)]
+    if not len(few):
+        return notes
+    stray = bars >= ordered[few[0]]
+    counts["stray_notes"] += int(stray.sum())
+    return notes[~stray]
+
+
+def _unique(notes: np.ndarray, counts: Counter) -> np.ndarray:
+    """One note per (track, onset, pitch), sorted so: of several the longest, then the loudest."""
+    order = np.lexsort((notes["velocity"], notes["duration"], notes["pitch"], notes["onset"], notes["track"]))
+    notes = notes[order]
+    same = _same_as_next(notes, "track", "onset", "pitch")
+    counts["duplicate_notes"] += int(same.sum())
+    return notes[~same]
+
+
+def _same_as_next(notes: np.ndarray, *fields: str) -> np.ndarray:
+    same = np.zeros(len(notes), dtype=bool)
+    same[:-1] = np.all([notes[f][:-1] == notes[f][1:] for f in fields], axis=0)
+    return same
+
+
+def _durations_on_grid(notes: np.ndarray, vocabulary: Vocabulary, counts: Counter) -> np.ndarray:
+    """(notes,) representable durations that do not run into the next note of the same track and pitch."""
+    order = np.lexsort((notes["onset"], notes["pitch"], notes["track"]))
+    sorted_notes = notes[order]
+    room = np.full(len(notes), np.iinfo(np.int64).max)
+    follows = _same_as_next(sorted_notes, "track", "pitch")
+    room[:-1][follows[:-1]] = np.diff(sorted_notes["onset"])[follows[:-1]]
+    wanted = sorted_notes["duration"]
+    counts["overlaps"] += int((wanted > room).sum())
+    held = np.minimum(wanted, room)
+    index = vocabulary.duration_index(held)
+    index -= vocabulary.durations[index] > room  # rounding up would run into the next note
+    value = vocabulary.durations[index]
+    counts["durations_cut"] += int((held > vocabulary.durations[-1]).sum())
+    counts["durations_rounded"] += int(((value != held) & (held <= vocabulary.durations[-1])).sum())
+    durations = np.empty(len(notes), dtype=np.int64)
+    durations[order] = value
+    return durations
+
+
+# --- meters --------------------------------------------------------------------------------------------------
+
+
+def _bar_of(ticks: np.ndarray, meters: np.ndarray, resolution: int) -> np.ndarray:
+    """Bar index of each tick without listing the bar lines: a damaged file may claim millions of them."""
+    lengths = bar_ticks(meters["numerator"].astype(np.int64), meters["denominator"], resolution)
+    bars_before = np.concatenate(([0], np.cumsum(np.diff(meters["tick"]) // lengths[:-1])))
+    i = np.searchsorted(meters["tick"], ticks, side="right") - 1
+    return bars_before[i] + (ticks - meters["tick"][i]) // lengths[i]
+
+
+def fit_meter(numerator: int, denominator: int, vocabulary: Vocabulary) -> tuple[tuple[int, int], str | None]:
+    """A meter of the table for any meter, and the name of the rule that was needed.
+
+    >>> v = Vocabulary()
+    >>> [fit_meter(n, d, v) for n, d in ((4, 4), (8, 32), (65, 4), (97, 4))]
+    [((4, 4), None), ((1, 4), 'meters_rewritten'), ((5, 4), 'meters_split'), ((4, 4), 'meters_replaced')]
+    """
+    if vocabulary.has_meter(numerator, denominator):
+        return (numerator, denominator), None
+    if denominator > 0:
+        for d in (4, 8, 16, 2):
+            n, remainder = divmod(numerator * d, denominator)
+            if not remainder and vocabulary.has_meter(n, d):
+                return (n, d), "meters_rewritten"
+        for parts in range(2, 2 * numerator // denominator + 1):  # of at least two quarter notes each
+            n, remainder = divmod(numerator, parts)
+            if not remainder and vocabulary.has_meter(n, denominator):
+                return (n, denominator), "meters_split"
+    return (4, 4), "meters_replaced"
+
+
+def _meter_of_length(sixteenths: int, denominator: int, vocabulary: Vocabulary) -> tuple[int, int]:
+    """A meter for a bar cut to so many sixteenths, over the given denominator where that divides."""
+    for d in (denominator, 4, 8, 16):
+        n, remainder = divmod(sixteenths * d, 16)
+        if not remainder and vocabulary.has_meter(n, d):
+            return n, d
+    raise AssertionError("a bar shorter than eight quarters always has a meter over 16")
+
+
+def _meters_on_grid(score: Score, vocabulary: Vocabulary, last_onset: int, counts: Counter) -> np.ndarray:
+    """Meter changes at bar lines of the grid, from tick 0 to the last onset."""
+    resolution = vocabulary.resolution
+    stated = [(int(m["tick"]), int(m["numerator"]), int(m["denominator"])) for m in score.meters]
+    if all((n, d) == (1, 4) for _, n, d in stated):
+        stated = [(0, 4, 4)]
+        counts["meter_quarter_throughout"] += 1
+    sixteenth = resolution // 4
+    table: list[tuple[int, int, int]] = []
+    position, in_force = 0, None
+    for tick, n, d in stated:
+        if (n, d) == in_force:
+            continue
+        tick = floor(tick * resolution / score.ticks_per_quarter + 0.5)
+        if table and tick > last_onset:
+            break
+        if table:
+            _, last_n, last_d = table[-1]
+            length = bar_ticks(last_n, last_d, resolution)
+            bars, rest = divmod(tick - position, length)
+            cut = round_half_up(rest, sixteenth)
+            if cut * sixteenth >= length:
+                bars, cut = bars + 1, 0
+            position += bars * length
+            if cut:
+                if not bars:  # the earlier meter lasted for less than a bar: the cut one stands in its place
+                    table.pop()
+                table.append((position, *_meter_of_length(int(cut), last_d, vocabulary)))
+                position += int(cut) * sixteenth
+                counts["bars_cut"] += 1
+        meter, rule = fit_meter(n, d, vocabulary)
+        if rule:
+            counts[rule] += 1
+        if table and table[-1][0] == position:  # the earlier meter lasted for no bar at all
+            table.pop()
+        table.append((position, *meter))
+        in_force = (n, d)
+    changes = [m for i, m in enumerate(table) if i == 0 or m[1:] != table[i - 1][1:]]
+    return np.array(changes, dtype=METER_DTYPE)
+
+
+# --- tempos --------------------------------------------------------------------------------------------------
+
+
+def _tempos_on_grid(score: Score, lines: np.ndarray, resolution: int, counts: Counter) -> np.ndarray:
+    """Whole-BPM tempo changes at the given bar lines that keep each bar's seconds, by the rule above."""
+    tempos = score.tempos.copy()
+    tempos["qpm"] = np.clip(tempos["qpm"], _SLOWEST, _FASTEST)
+    if len(tempos) == 1:
+        averages = [float(tempos["qpm"][0])]
+        seconds, quarters = [1.0], [averages[0] / 60]
+    else:
+        steady = replace(score, tempos=tempos)
+        elapsed = steady.seconds_at(lines * (score.ticks_per_quarter / resolution))
+        seconds, quarters = np.diff(elapsed).tolist(), (np.diff(lines) / resolution).tolist()
+    table: list[tuple[int, float]] = []
+    exact = bpm = owed = 0.0  # exact: the average behind the tempo in force, before it was rounded to a whole BPM
+    for bar, (length, beats) in enumerate(zip(seconds, quarters)):
+        wanted = max(length + owed, 0.25 * length)  # a debt is paid over several bars rather than by a leap
+        average = 60 * beats / wanted
+        if not table or abs(average / exact - 1) >= TEMPO_CHANGE:
+            exact = average
+            rounded = float(min(max(floor(average + 0.5), MIN_BPM), MAX_BPM))
+            counts["tempos_clipped"] += int(not MIN_BPM <= average <= MAX_BPM)
+            if rounded != bpm:
+                table.append((int(lines[bar]), rounded))
+                bpm = rounded
+        owed += length - 60 * beats / exact
+    counts["tempos_merged"] += max(len(tempos) - len(table), 0)
+    return np.array(table, dtype=TEMPO_DTYPE)
