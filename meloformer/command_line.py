@@ -1,0 +1,109 @@
+"""A command line into a config: defaults <- preset <- `--config file.yaml` <- flags and `key=value`.
+
+>>> from meloformer.config import Config
+>>> config = load(Config, ["--data_dir", "processed", "--model-size", "small", "model.n_layer=4"])
+>>> config.model.size, config.model.n_layer, config.data.max_bars
+('small', 4, 2048)
+
+Every key is a flag, `--max_seq_len 512`, with underscores or hyphens, booleans also as `--no-plot`; and every key is
+an override, `data.max_seq_len=512`. The surprise: argparse lays out the help and cuts the line into words, but no
+value passes through its types, so that a flag and a line of yaml are read by the same rules and refused alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from meloformer.errors import UserError
+from meloformer.settings import Key, S, Settings, find_key, read_values, read_word, read_yaml
+
+SECTION_TITLES = {"model": "the model", "data": "the data", "training": "training", "": "settings"}
+
+
+def load(cls: type[S], argv: Sequence[str] | None = None, description: str | None = None) -> S:
+    """The validated config of a command line (None: this process's own). `--help` prints and exits 0."""
+    words = _spell_flags(cls, list(sys.argv[1:] if argv is None else argv))
+    flags, rest = _parser(cls, description).parse_known_args(words)
+    given: dict[str, Any] = {}
+    for key in cls.options():
+        word = getattr(flags, key.dotted)
+        if word is not None:
+            given[key.dotted] = word if isinstance(word, bool) else read_word(key, word, f"--{key.flag}")
+    for word in rest:
+        spelled, equals, text = word.partition("=")
+        if not equals:
+            raise UserError(f"{word}: not understood here; give a flag such as --{cls.options()[0].flag}, or key=value")
+        key = find_key(cls, spelled, word)
+        if key.dotted in given:
+            raise UserError(f"{word}: {key.dotted} is given twice; keep one of them")
+        given[key.dotted] = read_word(key, text, word)
+    values = read_values(cls, read_yaml(flags.config), flags.config) if flags.config else {}
+    return cls.from_values({**values, **given}, "command line")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists every flag")
+
+
+def _spell_flags(cls: type[Settings], words: list[str]) -> list[str]:
+    """Flags in the one spelling that the parser holds; one that does not exist is refused here, with the nearest."""
+    spelled = []
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if not flag.startswith("--") or flag in ("--help", "--config", "--"):
+            spelled.append(word)
+            continue
+        name = flag[2:].replace("-", "_")
+        known = {key.flag: key for key in cls.options()}
+        negated = name.startswith("no_") and name not in known and name[3:] in known and known[name[3:]].hint is bool
+        key = known[name[3:]] if negated else find_key(cls, name, flag)
+        spelled.append(f"--{'no-' if negated else ''}{key.flag}{equals}{value}")
+    return spelled
+
+
+def _parser(cls: type[Settings], description: str | None) -> argparse.ArgumentParser:
+    parser = _Parser(
+        description=description or cls.__doc__,
+        usage="%(prog)s [--config FILE] [--flag VALUE ...] [key=value ...]",
+        epilog="Hyphens and underscores are the same in a flag. A key in a section is also written section.key=value.",
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
+    )
+    parser.add_argument("--config", metavar="FILE", help="yaml file of keys, flat or by section; flags override it")
+    groups: dict[str, Any] = {}
+    for key in cls.options():
+        section = key.path[0] if len(key.path) > 1 else ""
+        if section not in groups:
+            groups[section] = parser.add_argument_group(SECTION_TITLES.get(section, section))
+        action = {"action": argparse.BooleanOptionalAction} if key.hint is bool else {"metavar": _metavar(key.hint)}
+        # default=None, not the real one: what was not given must not override the yaml file
+        groups[section].add_argument(f"--{key.flag}", dest=key.dotted, default=None, help=_help(key), **action)
+    return parser
+
+
+def _metavar(hint: Any) -> str:
+    members = [member for member in typing.get_args(hint) if member is not type(None)]
+    if typing.get_origin(hint) is typing.Literal:
+        return "|".join(map(str, members))
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return "|".join(map(_metavar, members))
+    return {list: "A,B,..", dict: "MAP", int: "N", float: "X"}.get(typing.get_origin(hint) or hint, "TEXT")
+
+
+def _help(key: Key) -> str:
+    if key.default is dataclasses.MISSING:
+        default = "required"
+    elif key.shown is not None or key.default is None:
+        default = f"default: {key.shown or 'none'}"
+    elif isinstance(key.default, bool):
+        default = f"default: {'on' if key.default else 'off'}"
+    else:
+        default = f"default: {key.default}"
+    return f"{key.help} ({default})".replace("%", "%%")

@@ -1,0 +1,310 @@
+"""Every setting of every command, with its type, its default and one line of help.
+
+A config is built from defaults <- the preset of `model_size` <- `--config file.yaml` <- flags and `key=value`
+(meloformer.command_line), or in Python:
+
+>>> config = Config(data=DataConfig(data_dir="processed"), model=ModelConfig(size="small", n_layer=4))
+>>> config.model.n_layer, config.model.d_model, config.data.max_segments, config.training.output_dir
+(4, 256, 2048, 'runs/small')
+
+The surprise: fields that default to None because they follow from others (n_layer, max_segments, output_dir) are
+filled when the object is made, so `dataclasses.replace` keeps the old numbers unless it is given them again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from meloformer.settings import Settings, option
+
+# Two feed-forwards of width d_ff a layer, for summaries and for regular tokens (the last layer has the latter alone),
+# give 17M, 85M, 200M and 450M parameters, within 3 %; with one a layer it is as much wider as keeps the count.
+MODEL_SIZES = {
+    "small": {"n_layer": 6, "n_head": 4, "d_model": 256, "d_ff": 1792},
+    "base": {"n_layer": 12, "n_head": 8, "d_model": 512, "d_ff": 2048},
+    "large": {"n_layer": 16, "n_head": 12, "d_model": 768, "d_ff": 2304},
+    "xlarge": {"n_layer": 24, "n_head": 16, "d_model": 1024, "d_ff": 2432},
+}
+VISIBLE = {"T": ["T", "P"], "P": ["L"], "L": ["V"], "V": ["T", "P"]}
+BY_SIZE = "by model_size"
+
+
+@dataclass(kw_only=True)
+class ModelConfig(Settings):
+    """The network and its attention rule."""
+
+    size: Literal["small", "base", "large", "xlarge"] = option(
+        "base", "preset of n_layer, n_head, d_model and d_ff: 17M, 85M, 200M or 450M parameters", flag="model_size"
+    )
+    n_layer: int | None = option(None, "number of layers", shown=BY_SIZE)
+    n_head: int | None = option(None, "attention heads", shown=BY_SIZE)
+    d_model: int | None = option(None, "width of the residual stream, a multiple of n_head", shown=BY_SIZE)
+    d_ff: int | None = option(None, "width of a feed-forward", shown=BY_SIZE)
+    summaries: bool = option(True, "one summary token per bar of an instrument")
+    summary_ff: Literal["separate", "shared"] = option(
+        "separate", "summaries have their own feed-forward, or share one that is wider by default"
+    )
+    pattern: Literal["bar_sparse", "full_causal"] = option(
+        "bar_sparse", "the attention rule: bars and token types, or everything earlier in the piece (the baseline)"
+    )
+    backend: Literal["auto", "dense"] = option("auto", "how attention is computed")
+    same_bar_offsets: Literal["all"] | list[int] = option(
+        "all", "which earlier bars of its own instrument a token sees: all, or distances such as 0,1,2,4"
+    )
+    cross_bar_offsets: list[int] = option([0, 1, 2, 4], "which bars of other instruments it sees, by distance")
+    visible: dict[str, list[str]] | None = option(
+        VISIBLE, "which note tokens see which: query letter to key letters of T, P, L, V; none sees all"
+    )
+    rotary_axes: Literal[1, 2] = option(2, "rotary positions turn with stream order (1), or with musical time too (2)")
+    dropout: float = option(0.0, "share of activations dropped in training")
+
+    def __post_init__(self):
+        preset = MODEL_SIZES.get(self.size)
+        if preset is None:
+            return  # validate() names the sizes
+        for name, value in preset.items():
+            if getattr(self, name) is None:
+                setattr(self, name, self._feed_forward_width(value) if name == "d_ff" else value)
+
+    def _feed_forward_width(self, d_ff: int) -> int:
+        """The default width: `d_ff`, or where a layer has one feed-forward, what holds as many parameters."""
+        if self.summary_ff == "separate" and self.summaries and self.pattern == "bar_sparse":
+            return d_ff
+        return round(d_ff * (2 - 1 / max(self.n_layer, 1)) / 64) * 64
+
+    def validate(self) -> None:
+        require = self.require
+        require(self.size in MODEL_SIZES, "model.size", self.size, ", ".join(MODEL_SIZES), "see --model_size")
+        for name in ("n_layer", "n_head", "d_model", "d_ff"):
+            value = getattr(self, name)
+            require(value >= 1, f"model.{name}", value, "at least 1", "leave it out to take it from model_size")
+        head = self.d_model / self.n_head
+        # Two rotary axes split a head in halves, and each axis turns pairs.
+        unit = 2 * self.rotary_axes
+        remedy = f"try --d_model {max(1, round(head / unit)) * unit * self.n_head} or another --n_head"
+        require(
+            head % unit == 0, "model.d_model", self.d_model, f"n_head ({self.n_head}) x a multiple of {unit}", remedy
+        )
+        require(0 <= self.dropout < 1, "model.dropout", self.dropout, "from 0 to below 1", "0 turns it off")
+        offsets = self.same_bar_offsets
+        require(
+            offsets == "all" or 0 in offsets,
+            "model.same_bar_offsets",
+            offsets,
+            "all or a list with 0 in it",
+            "without 0 a token does not see its own bar",
+        )
+        for query, keys in (self.visible or {}).items():
+            good = query in VISIBLE and all(key in VISIBLE for key in keys)
+            require(good, f"model.visible.{query}", keys, "letters of T, P, L, V", "such as T: [T, P]")
+
+
+@dataclass(kw_only=True)
+class DataConfig(Settings):
+    """What is read, how it is cut and packed into rows, and how it is varied."""
+
+    data_dir: str = option(help="folder that preprocess_data.py wrote")
+    max_seq_len: int = option(24576, "tokens in a row of a batch; a longer piece is cut along bars")
+    max_segments: int | None = option(None, "summaries in a row", shown="max_seq_len / 12, rounded up to 128s")
+    max_bars: int = option(2048, "a piece with more bars than this is skipped")
+    max_samples: int | None = option(None, "use only this many pieces", shown="all")
+    validation_fraction: float = option(0.05, "share of the pieces held out, near-duplicates together")
+    validation_seed: int = option(0, "which pieces are held out")
+    transpose_probability: float = option(0.5, "how often a piece is transposed, drums never")
+    transpose_max: int = option(5, "by at most this many semitones, up or down")
+    velocity_probability: float = option(0.5, "how often a piece is made louder or softer")
+    velocity_max: float = option(0.2, "by at most this share")
+    drop_track_probability: float = option(0.1, "how often some whole tracks are left out")
+    shuffle_tracks_probability: float = option(0.25, "how often the tracks come in a random order")
+    defer_rectangle_probability: float = option(
+        0.30, "how often rectangles of tracks and bars are deferred (infilling)"
+    )
+    defer_continuation_probability: float = option(0.25, "how often all tracks are deferred from a random bar on")
+    defer_track_probability: float = option(0.10, "how often whole tracks are deferred")
+    defer_scattered_probability: float = option(0.10, "how often scattered cells are deferred")
+
+    def __post_init__(self):
+        if self.max_segments is None:
+            self.max_segments = -(-self.max_seq_len // (12 * 128)) * 128
+
+    def validate(self) -> None:
+        require = self.require
+        require(self.data_dir != "", "data.data_dir", "", "a folder", "give --data_dir")
+        require(self.max_seq_len >= 16, "data.max_seq_len", self.max_seq_len, "at least 16", "24576 is the default")
+        require(self.max_segments >= 1, "data.max_segments", self.max_segments, "at least 1", "leave it out")
+        require(self.max_bars >= 1, "data.max_bars", self.max_bars, "at least 1", "2048 is the default")
+        samples = self.max_samples
+        require(samples is None or samples >= 1, "data.max_samples", samples, "at least 1", "leave it out to use all")
+        fraction = self.validation_fraction
+        require(0 <= fraction < 1, "data.validation_fraction", fraction, "from 0 to below 1", "0.05 is the default")
+        for name in vars(self):
+            if name.endswith("_probability"):
+                value = getattr(self, name)
+                require(0 <= value <= 1, f"data.{name}", value, "from 0 to 1", "0 turns it off")
+        deferred = sum(value for name, value in vars(self).items() if name.startswith("defer_"))
+        require(
+            deferred <= 1 + 1e-9,
+            "data.defer_*_probability",
+            deferred,
+            "at most 1 together",
+            "the rest has nothing deferred",
+        )
+        require(0 <= self.transpose_max <= 12, "data.transpose_max", self.transpose_max, "0 to 12", "5 is the default")
+        require(
+            0 <= self.velocity_max < 1, "data.velocity_max", self.velocity_max, "0 to below 1", "0.2 is the default"
+        )
+
+
+@dataclass(kw_only=True)
+class TrainingConfig(Settings):
+    """How long, how fast, and what is kept."""
+
+    output_dir: str | None = option(None, "folder of the run: checkpoints, logs, config", shown="runs/<model_size>")
+    resume: str = option(
+        "never", "auto goes on from output_dir's latest checkpoint if it has one; or the path of one of its checkpoints"
+    )
+    epochs: int = option(100, "passes over the training pieces")
+    max_steps: int | None = option(None, "stop after this many optimizer steps", shown="all epochs")
+    batch_size: int = option(4, "rows on each GPU in one pass")
+    gradient_accumulation_steps: int = option(8, "passes to an optimizer step")
+    optimizer: Literal["adamw", "muon"] = option("adamw", "muon: Muon for the hidden matrices, AdamW for the rest")
+    learning_rate: float = option(3e-4, "highest learning rate, after the warm-up")
+    min_lr: float | None = option(None, "learning rate at the end of the cosine", shown="a tenth of learning_rate")
+    warmup_steps: int = option(500, "steps of linear warm-up, at most a tenth of the run")
+    weight_decay: float = option(0.1, "decay of matrices; norms and embeddings have none")
+    beta1: float = option(0.9, "AdamW's average of gradients")
+    beta2: float = option(0.95, "AdamW's average of squared gradients")
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
+    max_nonfinite_steps: int = option(10, "stop after this many skipped updates in a row (nan or infinite loss)")
+    precision: Literal["auto", "bf16", "fp32"] = option("auto", "auto is bf16 on a GPU that has it, else fp32")
+    device: str = option("auto", "auto, cpu, cuda or cuda:1")
+    seed: int = option(0, "initial weights, order and variations")
+    num_workers: int = option(2, "threads that build rows ahead of need; 0 builds them when they are needed")
+    val_interval: int = option(500, "steps between validations")
+    val_max_rows: int = option(256, "held-out rows in a validation while training; evaluate.py takes all")
+    save_interval: int = option(500, "steps between checkpoints")
+    keep_last: int = option(3, "checkpoints kept besides the best")
+    log_interval: int = option(10, "steps between lines of metrics.jsonl")
+
+    def __post_init__(self):
+        if self.min_lr is None:
+            self.min_lr = self.learning_rate / 10
+
+    def validate(self) -> None:
+        at_least_one = ("epochs", "max_steps", "batch_size", "gradient_accumulation_steps", "max_nonfinite_steps")
+        for name in (*at_least_one, "val_interval", "val_max_rows", "save_interval", "keep_last", "log_interval"):
+            value = getattr(self, name)
+            self.require(value is None or value >= 1, f"training.{name}", value, "at least 1", "see --help")
+        for name in ("learning_rate", "max_grad_norm"):
+            value = getattr(self, name)
+            self.require(value > 0, f"training.{name}", value, "above 0", "see --help for the default")
+        for name in ("min_lr", "warmup_steps", "weight_decay", "seed", "num_workers"):
+            value = getattr(self, name)
+            self.require(value >= 0, f"training.{name}", value, "at least 0", "see --help for the default")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            self.require(0 <= value < 1, f"training.{name}", value, "from 0 to below 1", "see --help for the default")
+        self.require(
+            self.min_lr <= self.learning_rate,
+            "training.min_lr",
+            self.min_lr,
+            f"at most learning_rate ({self.learning_rate})",
+            "lower it",
+        )
+
+
+@dataclass(kw_only=True)
+class Config(Settings):
+    """What train.py takes."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def __post_init__(self):
+        if self.training.output_dir is None:
+            self.training.output_dir = f"runs/{self.model.size}"
+
+
+@dataclass(kw_only=True)
+class PreprocessConfig(Settings):
+    """What preprocess_data.py takes."""
+
+    input: str = option(help="a folder of MIDI files, or a text file with one path a line")
+    output: str = option(help="folder for the shards")
+    workers: int = option(1, "processes that read and encode; the output is the same for any number")
+    shard_size: int = option(10000, "pieces in a shard")
+    limit: int | None = option(None, "read only this many files", shown="all")
+    min_notes: int = option(16, "a piece with fewer notes is rejected")
+    min_bars: int = option(2, "a piece with fewer bars is rejected")
+    max_bars: int = option(2048, "a piece with more bars is rejected")
+    resolution: int = option(24, "ticks of the token grid in a quarter note, a multiple of 4")
+    dedup: bool = option(True, "keep one of several pieces with the same content")
+
+    def validate(self) -> None:
+        for name in ("workers", "shard_size", "limit", "min_notes", "min_bars", "max_bars"):
+            value = getattr(self, name)
+            self.require(value is None or value >= 1, name, value, "at least 1", "see --help for the default")
+        bars = f"at least min_bars ({self.min_bars})"
+        self.require(self.max_bars >= self.min_bars, "max_bars", self.max_bars, bars, "lower --min_bars")
+        good = self.resolution % 4 == 0 and 4 <= self.resolution <= 96
+        self.require(good, "resolution", self.resolution, "a multiple of 4 from 4 to 96", "24 is the default")
+
+
+@dataclass(kw_only=True)
+class GenerateConfig(Settings):
+    """What generate.py takes."""
+
+    checkpoint: str = option(help="a run (its best checkpoint is taken) or one checkpoint")
+    output: str = option(help="folder for the MIDI files")
+    num_samples: int = option(4, "pieces to write")
+    bars: int | None = option(None, "bars in each piece", shown="the model decides")
+    tempo: int | None = option(None, "quarter notes a minute, 20 to 320", shown="the model decides")
+    time_signature: str | None = option(None, "such as 4/4 or 6/8", shown="the model decides")
+    instruments: list[str] | None = option(
+        None, "General MIDI programs 0 to 127 and drums, such as drums,33,0", shown="the model decides"
+    )
+    temperature: float = option(1.0, "below 1 safer, above 1 wilder; 0 always takes the likeliest token")
+    top_k: int = option(0, "sample among the k likeliest tokens; 0 is off")
+    top_p: float = option(0.98, "sample among the likeliest tokens that hold this share; 1 is off")
+    min_p: float = option(0.0, "leave out tokens below this share of the likeliest one's probability; 0 is off")
+    seed: int = option(0, "sample i is the same for the same seed")
+    device: str = option("auto", "auto, cpu, cuda or cuda:1")
+    batch_size: int = option(8, "pieces written at once")
+    max_length: int | None = option(None, "tokens in a piece at most", shown="max_seq_len of the run")
+    plot: bool = option(False, "write a piano roll (.png) beside every piece")
+
+    def validate(self) -> None:
+        for name in ("num_samples", "bars", "batch_size", "max_length"):
+            value = getattr(self, name)
+            self.require(value is None or value >= 1, name, value, "at least 1", "see --help for the default")
+        for name in ("temperature", "top_k", "seed"):
+            self.require(
+                getattr(self, name) >= 0, name, getattr(self, name), "at least 0", "see --help for the default"
+            )
+        tempo = self.tempo
+        self.require(
+            tempo is None or 20 <= tempo <= 320, "tempo", tempo, "from 20 to 320", "leave it out to let it vary"
+        )
+        self.require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, at most 1", "1 turns it off")
+        self.require(0 <= self.min_p <= 1, "min_p", self.min_p, "from 0 to 1", "0 turns it off")
+        for word in self.instruments or []:
+            good = word == "drums" or (word.isdecimal() and int(word) <= 127)
+            self.require(good, "instruments", word, "0 to 127 or drums", "such as --instruments drums,33,0")
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig(Settings):
+    """What evaluate.py takes."""
+
+    checkpoint: str = option(help="a run (its best checkpoint is taken) or one checkpoint")
+    data_dir: str | None = option(None, "folder that preprocess_data.py wrote", shown="the run's own")
+    split: Literal["validation", "train"] = option("validation", "which pieces, by the run's own split")
+    batch_size: int = option(1, "rows in one pass")
+    device: str = option("auto", "auto, cpu, cuda or cuda:1")
+    precision: Literal["auto", "bf16", "fp32"] = option("auto", "auto is bf16 on a GPU that has it, else fp32")
+    output: str | None = option(None, "file for the numbers", shown="evaluation.json in the run's folder")
+
+    def validate(self) -> None:
+        self.require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1", "1 is the default")

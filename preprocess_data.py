@@ -1,0 +1,17 @@
+"""Turn MIDI files into shards of tokens: python preprocess_data.py --input midi --output processed"""
+
+from meloformer.command_line import load
+from meloformer.config import PreprocessConfig
+from meloformer.errors import exit_cleanly
+
+
+def main() -> None:
+    config = load(PreprocessConfig, description=__doc__)
+    # Imported here: numpy and symusic take a moment, and --help or a mistyped flag should answer at once.
+    from meloformer.data.preprocess import preprocess
+
+    preprocess(config)
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)
