@@ -71,7 +71,7 @@ class StreamState:
     """Where a stream stands. Cost per token is constant; nothing is re-read.
 
     Public state, read only: `region`, `bar`, `num_bars`, `track`, `instruments`, `position` (tokens so far),
-    `masks` [(track, bar)], `fills`, `num_segments`, `segment_start`, and `open_segment`, the segment that the next
+    `masks` [(track, bar)], `fills`, `meter` and `tempo` (tokens in force, -1: none), `num_segments`, `segment_start`, and `open_segment`, the segment that the next
     token may still continue (-1: none).
     """
 
@@ -93,7 +93,7 @@ class StreamState:
         self.open_segment = -1
         self.segment_start = -1
         self._opener = -1  # position of the BAR or FILL of the current cell
-        self._meter = self._tempo = -1  # tokens in force
+        self.meter = self.tempo = -1  # tokens in force
         self._last_time = self._last_pitch = -1
 
     @property
@@ -164,13 +164,13 @@ class StreamState:
         if at_head:
             self._allow_controls(mask, BAR_CONTROLS)
             mask[v.ids(Family.METER)] = True
-            if self._meter >= 0:
-                mask[self._meter] = False
+            if self.meter >= 0:
+                mask[self.meter] = False
         if (at_head and self.bar > 0) or family == Family.METER:
             mask[v.ids(Family.TEMPO)] = True
-            if self._tempo >= 0:
-                mask[self._tempo] = False
-        if self._tempo >= 0:  # only the first bar waits for its meter and tempo
+            if self.tempo >= 0:
+                mask[self.tempo] = False
+        if self.tempo >= 0:  # only the first bar waits for its meter and tempo
             start = v.start(Family.TIME)
             mask[start + self._last_time + 1 : start + self.bar_length] = True
             mask[v.BAR] = True
@@ -212,7 +212,7 @@ class StreamState:
             head = {Region.START: 5, Region.STREAM: 4}.get(self.region, 3 if self.family == Family.CONDUCTOR else 0)
             if self.region == Region.CONDUCTOR and self.family == Family.TIME:
                 return 1 + rest
-            if self.region == Region.CONDUCTOR and head == 0 and self._tempo < 0:
+            if self.region == Region.CONDUCTOR and head == 0 and self.tempo < 0:
                 return (1 if self.family == Family.METER else 2) + rest
             return head + rest
         if self.family in note:
@@ -263,10 +263,10 @@ class StreamState:
         elif family == Family.MASK:
             self.masks.append((self.track, self.bar))
         elif family == Family.METER:
-            self._meter, self.bar_length = token, int(v.bar_ticks_of[token])
+            self.meter, self.bar_length = token, int(v.bar_ticks_of[token])
             self.bar_lines[-1] = self.bar_lines[-2] + self.bar_length
         elif family == Family.TEMPO:
-            self._tempo = token
+            self.tempo = token
 
         if family in (Family.BAR, Family.FILL, Family.INSTRUMENT, Family.EOS, Family.MASK):
             self._last_time = self._last_pitch = -1

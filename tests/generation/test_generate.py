@@ -1,0 +1,181 @@
+"""Every sample is valid and honours the request, from a model that has learnt nothing and so tries everything."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import symusic
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from miditoolkit import MidiFile
+
+from meloformer.config import GenerateConfig
+from meloformer.errors import UserError
+from meloformer.generation import Request, Sampling, generate
+from meloformer.generation.command import read_request, run
+from meloformer.generation.request import ConstrainedState
+from meloformer.generation.sampling import choose
+from meloformer.hid import Tokenizer
+from tests.hid.streams import VOCABULARY
+from tests.model.music import tiny_model
+
+TOKENIZER = Tokenizer(VOCABULARY)
+
+requests = st.builds(
+    Request,
+    bars=st.none() | st.integers(1, 12),
+    meter=st.none() | st.sampled_from([(4, 4), (3, 4), (6, 8), (1, 16), (4, 2)]),
+    tempo=st.none() | st.integers(20, 320),
+    instruments=st.none() | st.lists(st.sampled_from([0, 0, 33, 48, 128]), min_size=1, max_size=5),
+)
+
+
+def check(tokens: np.ndarray, request: Request, max_length: int) -> None:
+    TOKENIZER.validate(tokens)
+    assert len(tokens) <= max_length
+    score = TOKENIZER.decode(tokens)
+    assert len(score.tracks) >= 1
+    if request.bars is not None:
+        assert score.num_bars == request.bars
+    if request.tempo is not None:
+        assert score.tempos["qpm"].tolist() == [request.tempo]
+    if request.meter is not None:
+        assert score.meters[["numerator", "denominator"]].tolist() == [request.meter]
+    if request.instruments is not None:
+        assert sorted(score.instruments.tolist()) == sorted(request.instruments)
+
+
+@given(requests, st.integers(0, 2**32 - 1), st.integers(0, 150))
+@settings(max_examples=200, deadline=None)
+def test_any_choice_among_the_allowed_tokens_is_a_valid_piece_that_honours_the_request(request, seed, spare):
+    """The worst model there is: it picks at random, with limits down to the shortest piece there can be."""
+    rng = np.random.default_rng(seed)
+    shortest = 7 + (request.bars or 1) + 6 * len(request.instruments or [0])
+    state = ConstrainedState(VOCABULARY, request, shortest + spare)
+    while not state.is_finished:
+        choices = np.flatnonzero(state.allowed())
+        state.push(int(rng.choice(choices)))
+    check(np.array(state.tokens), request, shortest + spare)
+
+
+def test_untrained_models_write_midi_that_opens_everywhere(tmp_path):
+    torch.manual_seed(0)
+    model = tiny_model()
+    request = Request(bars=3, instruments=[128, 33, 0, 0])
+    for sampling in (Sampling(), Sampling(temperature=3.0, top_p=1.0), Sampling(temperature=0), Sampling(top_k=5)):
+        for sample in generate(model, request, num_samples=3, sampling=sampling, batch_size=2, max_length=200):
+            check(sample.tokens, request, 200)
+            assert sample.score == TOKENIZER.decode(sample.tokens)
+
+
+def test_greedy_decoding_takes_the_argmax_of_the_full_forward_pass():
+    torch.manual_seed(1)
+    model = tiny_model()
+    (sample,) = generate(model, Request(bars=2), sampling=Sampling(temperature=0), max_length=150)
+    logits = model.logits(sample.tokens).numpy()
+    state = ConstrainedState(VOCABULARY, Request(bars=2), 150)
+    for position, token in enumerate(sample.tokens.tolist()):
+        allowed = state.allowed()
+        if position:
+            assert token == int(np.where(allowed, logits[position - 1], -np.inf).argmax()), position
+        state.push(token)
+
+
+def test_a_sample_does_not_depend_on_its_batch_mates():
+    torch.manual_seed(2)
+    model = tiny_model().double()
+    request = Request(bars=2, instruments=[128, 33])
+    pieces = {
+        size: [s.tokens.tolist() for s in generate(model, request, 5, seed=7, batch_size=size, max_length=160)]
+        for size in (1, 3, 5)
+    }
+    assert pieces[1] == pieces[3] == pieces[5]
+    assert len({tuple(p) for p in pieces[1]}) == 5
+    other = generate(model, request, 1, seed=8, max_length=160)[0].tokens.tolist()
+    assert other != pieces[1][0]
+
+
+def test_sampling_follows_the_filtered_distribution():
+    logits = np.log(np.array([0.4, 0.3, 0.2, 0.1]))
+    everything = np.ones(4, dtype=bool)
+
+    def shares(sampling: Sampling, allowed=everything) -> list[float]:
+        draws = [choose(logits, allowed, u, sampling) for u in (np.arange(2000) + 0.5) / 2000]
+        return [round(draws.count(i) / 2000, 2) for i in range(4)]
+
+    assert shares(Sampling(top_p=1.0)) == [0.4, 0.3, 0.2, 0.1]
+    assert shares(Sampling(top_p=1.0, top_k=2)) == [0.57, 0.43, 0, 0]
+    assert shares(Sampling(top_p=0.65)) == [0.57, 0.43, 0, 0]
+    assert shares(Sampling(top_p=1.0, min_p=0.4)) == [0.44, 0.33, 0.22, 0]
+    assert shares(Sampling(top_p=1.0, temperature=0)) == [1, 0, 0, 0]
+    assert shares(Sampling(top_p=1.0, temperature=0.5)) == [0.53, 0.3, 0.13, 0.03]
+    assert shares(Sampling(top_p=1.0), np.array([False, True, False, True])) == [0, 0.75, 0, 0.25]
+    with pytest.raises(ValueError, match="finite"):
+        choose(np.array([np.nan, 0.0]), np.ones(2, dtype=bool), 0.5, Sampling())
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    torch.manual_seed(3)
+    tiny_model().save_pretrained(tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+def config(checkpoint, tmp_path, **settings) -> GenerateConfig:
+    given = {"num_samples": 2, "bars": 2, "max_length": 120, "device": "cpu"}
+    return GenerateConfig(checkpoint=str(checkpoint), output=str(tmp_path / "out"), **{**given, **settings})
+
+
+def test_the_command_writes_midi_pictures_and_a_report(checkpoint, tmp_path, capsys):
+    run(config(checkpoint, tmp_path, plot=True, instruments=["drums", "Acoustic Bass"], time_signature="3/4"))
+    out = tmp_path / "out"
+    assert sorted(p.name for p in out.iterdir()) == [
+        "generation.json",
+        "seed0_000.mid",
+        "seed0_000.png",
+        "seed0_001.mid",
+        "seed0_001.png",
+    ]
+    report = json.loads((out / "generation.json").read_text())["runs"][0]
+    for sample in report["samples"]:
+        notes = sum(len(track.notes) for track in symusic.Score(out / sample["file"]).tracks)
+        again = sum(len(track.notes) for track in MidiFile(str(out / sample["file"])).instruments)
+        assert notes == again == sample["notes"] > 0
+    # another seed joins, the same one is refused and nothing is written over
+    run(config(checkpoint, tmp_path, seed=1))
+    assert len(json.loads((out / "generation.json").read_text())["runs"]) == 2
+    before = (out / "seed0_000.mid").read_bytes()
+    with pytest.raises(UserError, match="there already"):
+        run(config(checkpoint, tmp_path))
+    assert (out / "seed0_000.mid").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"instruments": ["kazoo"]}, "kazoo"),
+        ({"time_signature": "four"}, "time_signature is 'four'"),
+        ({"time_signature": "9/2"}, "time_signature is 9/2"),
+        ({"bars": 200}, "need at least"),
+    ],
+)
+def test_what_cannot_be_honoured_is_said_before_anything_is_written(checkpoint, tmp_path, settings, message):
+    with pytest.raises(UserError, match=message):
+        run(config(checkpoint, tmp_path, **settings))
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_a_missing_checkpoint_is_named(tmp_path):
+    with pytest.raises(UserError, match="nowhere"):
+        run(config(tmp_path / "nowhere", tmp_path))
+    assert not (tmp_path / "out").exists()
+
+
+def test_instruments_come_in_the_order_of_the_encoder():
+    flags = GenerateConfig(checkpoint="x", output="y", instruments=["violin", "33", "drums", "0"], time_signature="6/8")
+    request = read_request(flags)
+    assert request.ordered_instruments() == [128, 33, 40, 0]
+    assert request.meter == (6, 8)
