@@ -8,8 +8,8 @@ What the file says becomes tables, and nothing is moved: times are the file's ow
 meters and stray notes are all still there (`hid.quantize` deals with them). The rules, the same for both readers:
 
 - One `Track` for each (track of the file, channel, program) that has notes, in that order. A program change inside
-  a track so starts another track; a note has the program that was in force, in its own track, when it began. Drums
-  are channel 10.
+  a track so starts another track; a note has the program that was in force, in its own track, when it began (and
+  before any, the one that another track states for the channel). Drums are channel 10.
 - A note-off ends the oldest sounding note of its pitch, channel and track. A note that is never ended is dropped,
   and so is a note-off without a note; symusic does not report them, so they are not counted.
 - A note that ends on the tick where it begins (common in drum tracks) lasts one tick: `zero_duration`.
@@ -18,7 +18,8 @@ meters and stray notes are all still there (`hid.quantize` deals with them). The
   or whose lower number is no power of two up to 128, and a tempo of zero, are dropped: `invalid_meters`,
   `invalid_tempos`. A file that states no meter counts `no_meter`.
 - Data bytes above 127 are read as 127: `repaired`. Chunks that are no tracks are skipped: `skipped_chunks`. A file
-  with both is too far gone to be music.
+  with both is too far gone to be music. Tracks beyond the number that the file states are not read:
+  `leftover_tracks`.
 - What a Score does not hold is counted, as far as the library reports it: `pitch_bends`, `control_changes`,
   `pedals` (presses of the sustain pedal).
 
@@ -35,6 +36,7 @@ import io
 import re
 import struct
 from collections import Counter, defaultdict, deque
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -125,13 +127,18 @@ def _with_symusic(path: str | Path, data: bytes, counts: Counter) -> Score:
             tables.append(table)
     meters, tempos = parsed.time_signatures.numpy(), parsed.tempos.numpy()
     if _order_was_lost(meters) or _order_was_lost(tempos):
-        meters, tempos = _meta_events(_parse_with_mido(path, data, Counter()))
+        # where mido refuses, any of the events on a tick is better than none
+        with suppress(MidiError):
+            meters, tempos = _meta_events(_parse_with_mido(path, data, Counter()))
     return _finish(path, parsed.ticks_per_quarter, tracks, tables, meters, tempos, counts)
 
 
 def _order_was_lost(events: dict[str, np.ndarray]) -> bool:
     """Whether symusic may have shuffled events of one tick: it sorts lists of more than 24 by an unstable sort."""
-    return len(events["time"]) > 24 and bool((np.diff(events["time"]) == 0).any())
+    if len(events["time"]) <= 24:
+        return False
+    same_tick = np.diff(events["time"]) == 0
+    return any(bool((same_tick & (np.diff(events[name].astype(np.int64)) != 0)).any()) for name in events)
 
 
 # --- miditoolkit's parser -----------------------------------------------------------------------------------

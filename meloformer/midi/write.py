@@ -75,6 +75,8 @@ def _check(score: Score, path) -> None:
         raise MidiError(f"{path}: meter {numerators[i]}/{denominators[i]}: 1..255 over a power of two is accepted")
     if not (score.tempos["qpm"] > 0).all():
         raise MidiError(f"{path}: a tempo of {score.tempos['qpm'].min()} quarters a minute: it must be positive")
+    if any(not track.is_drum and not 0 <= track.program < 128 for track in score.tracks):
+        raise MidiError(f"{path}: a program outside 0..127")
     notes = score.notes
     if len(notes) and (notes["onset"].min() < 0 or notes["pitch"].max() > 127):
         raise MidiError(f"{path}: a note before tick 0 or above pitch 127")

@@ -1,0 +1,65 @@
+# make demo | test | venv | clean-demo | clean | help.   PYTHON=python3.12 chooses the interpreter of the environment.
+
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+
+# A step's target is a file that the step writes last, or a stamp touched after it: an interrupted step is done again,
+# a finished one never. Prerequisites after | only set the order, so an edited config does not throw a model away.
+CORPUS := data/demo/.written
+SHARDS := processed/demo/meta.json
+RUN := runs/demo
+TRAINED := $(RUN)/.trained
+EVALUATED := $(RUN)/evaluation.json
+SAMPLES := out/demo
+GENERATED := $(SAMPLES)/generation.json
+
+.PHONY: help venv demo test clean-demo clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo        environment, demo music, a small model trained on it, new .mid and .png files"
+	@echo "make test        ruff and the whole test suite"
+	@echo "make venv        only the environment, in $(VENV)"
+	@echo "make clean-demo  forget the demo's music, model and pieces"
+	@echo "make clean       that, the environment and the caches"
+
+venv: $(INSTALLED)
+
+$(INSTALLED): requirements.txt constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -c constraints.txt -e ".[dev,demo,plots]"
+	@touch $@
+
+demo: $(GENERATED) $(EVALUATED)
+	@$(PY) -m meloformer.demo $(RUN) $(SAMPLES)
+
+$(CORPUS): | $(INSTALLED)
+	$(PY) -m meloformer.data.demo_corpus --output $(@D)
+	@touch $@
+
+$(SHARDS): | $(CORPUS)
+	$(PY) preprocess_data.py --input $(dir $(CORPUS)) --output $(@D)
+
+$(TRAINED): | $(SHARDS)
+	$(PY) train.py --config configs/demo.yaml --data_dir $(dir $(SHARDS)) --output_dir $(RUN) --resume auto
+	@touch $@
+
+$(EVALUATED): | $(TRAINED)
+	$(PY) evaluate.py --checkpoint $(RUN)
+
+$(GENERATED): | $(TRAINED)
+	$(PY) generate.py --checkpoint $(RUN) --output $(SAMPLES) --num_samples 4 --plot
+
+test: $(INSTALLED)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pytest
+
+clean-demo:
+	rm -rf data/demo processed/demo $(RUN) $(SAMPLES)
+
+clean: clean-demo
+	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,75 @@
+"""Near-duplicates are found in another key and dress, and pieces that share what everybody has are not."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from meloformer.data.augment import scale_velocity, track_slices, transpose
+from meloformer.data.clusters import COMMON_PIECES, bar_shingles, cluster
+from meloformer.hid import Tokenizer
+from meloformer.midi import Track
+from tests.data.music import make_score
+from tests.hid.streams import VOCABULARY
+
+TOKENIZER = Tokenizer(VOCABULARY)
+
+
+def shingles(tokens: np.ndarray) -> np.ndarray:
+    return bar_shingles(tokens, VOCABULARY)
+
+
+def test_a_copy_in_another_key_tempo_and_dress_has_the_same_bars():
+    score = make_score(0)
+    tokens = TOKENIZER.encode(score)
+    assert len(shingles(tokens)) > 10
+    head, tracks, end = track_slices(tokens, VOCABULARY)
+    dressed = replace(score, tracks=[Track(0, is_drum=True), *[Track(50 + i) for i in range(4)]], tempos=[(0, 70.0)])
+    for other in (
+        transpose(tokens, -4, VOCABULARY),
+        scale_velocity(tokens, 0.5, VOCABULARY),
+        np.concatenate([head, *tracks[::-1], end]),
+        TOKENIZER.encode(dressed),
+    ):
+        np.testing.assert_array_equal(shingles(other), shingles(tokens))
+
+
+def test_drums_and_plain_bars_say_nothing():
+    tokens = TOKENIZER.encode(make_score(0))
+    head, tracks, end = track_slices(tokens, VOCABULARY)
+    assert len(shingles(np.concatenate([head, tracks[0], end]))) == 0
+    v = VOCABULARY
+    repeated = [token for t in range(8) for token in (v.time(12 * t), v.pitch(40), v.duration(12), v.velocity(80))]
+    bars = [v.BOS, v.CONDUCTOR, v.BAR, v.meter(4, 4), v.tempo(120), v.instrument(33), v.BAR, *repeated, v.EOS]
+    assert len(shingles(np.array(bars))) == 0
+
+
+def bars(*numbers) -> np.ndarray:
+    return np.array(sorted(numbers), dtype=np.uint64)
+
+
+def test_more_than_three_tenths_shared_is_one_cluster_and_links_chain():
+    a, b, c = bars(*range(1, 21)), bars(*range(14, 34)), bars(*range(27, 47))  # a-b and b-c share 7 of 20, a-c none
+    below = bars(*range(1, 7), *range(100, 114))  # 6 of 20 with a
+    contents = np.array([40, 30, 20, 10], dtype=np.uint64)
+    assert cluster(contents, [a, b, c, below]).tolist() == [20, 20, 20, 10]
+
+
+def test_an_excerpt_belongs_to_its_piece():
+    whole, part = bars(*range(1, 101)), bars(*range(50, 60))
+    assert len(set(cluster(np.array([1, 2], dtype=np.uint64), [whole, part]).tolist())) == 1
+
+
+def test_what_everybody_has_links_nobody():
+    common = range(1, 11)
+    pieces = [bars(*common, *range(1000 * i, 1000 * i + 5)) for i in range(1, COMMON_PIECES + 2)]
+    contents = np.arange(1, len(pieces) + 1, dtype=np.uint64)
+    assert len(set(cluster(contents, pieces).tolist())) == len(pieces)
+    assert len(set(cluster(contents[:-1], pieces[:-1]).tolist())) == 1
+
+
+def test_copies_kept_by_no_dedup_share_a_cluster_and_order_does_not_matter():
+    sets = [bars(*range(1, 21)), bars(*range(500, 520)), bars(*range(1, 21)), bars()]
+    contents = np.array([9, 5, 9, 7], dtype=np.uint64)
+    assert cluster(contents, sets).tolist() == [9, 5, 9, 7]
+    order = [3, 2, 0, 1]
+    assert cluster(contents[order], [sets[i] for i in order]).tolist() == [7, 9, 9, 5]
