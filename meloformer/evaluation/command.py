@@ -1,0 +1,106 @@
+"""evaluate.py: held-out likelihood of a checkpoint beside what guessing without a network reaches.
+
+In: an `EvaluateConfig`. The rows are cut and packed as they were in training, by the data settings saved with the
+checkpoint, and each is read once. Out: a table, and evaluation.json in the run's folder (or `output`), whole or absent:
+
+    {"nats_per_note": 3.6, "nats_per_bar": 31.0, "by_type": {...}, ..., "baselines": {"unigram": {..}, ..},
+     "checkpoint": "runs/base/checkpoints/step_00004000", "step": 4000, "split": "validation", "data_hash": ".."}
+
+>>> run(EvaluateConfig(checkpoint="runs/base"))   # doctest: +SKIP
+
+What surprises: which pieces are held out is decided by their content, so on another corpus than the one
+trained on, a piece that both hold is held out in both.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from meloformer.config import DataConfig, EvaluateConfig
+from meloformer.data import Corpus, RowPlan
+from meloformer.device import choose_device, choose_precision
+from meloformer.errors import UserError
+from meloformer.evaluation.baselines import evaluate_baselines
+from meloformer.evaluation.likelihood import evaluate_likelihood, split_batches
+from meloformer.files import write_atomic
+from meloformer.model.transformer import MeloFormer, find_pretrained
+from meloformer.training.checkpoint import read_state
+
+EVALUATION = "evaluation.json"
+
+
+def run(config: EvaluateConfig) -> dict:
+    """Evaluate, print the table, write the file; returns what was written."""
+    folder = find_pretrained(config.checkpoint)
+    state = read_state(folder)
+    output = Path(config.output) if config.output else run_folder(folder) / EVALUATION
+    if not output.parent.is_dir():
+        raise UserError(f"--output {output}: {output.parent} is no folder; make it first, or leave --output out")
+
+    saved = {**state["config"]["data"], **({"data_dir": config.data_dir} if config.data_dir else {})}
+    data = DataConfig.from_dict(saved, f"{folder}: data")
+    corpus = Corpus(data.data_dir)
+    device = choose_device(config.device)
+    precision = choose_precision(config.precision, device)
+    model = MeloFormer.from_pretrained(folder, corpus.vocabulary).to(device)
+    plan = RowPlan(corpus, data, split=config.split, augment=False)
+    if plan.num_rows == 0:
+        raise UserError(
+            f"{data.data_dir}: the {config.split} split holds no piece; it was trained with "
+            f"validation_fraction {data.validation_fraction}; try --split train"
+        )
+    if corpus.hash != state["fixed"]["data_hash"]:
+        print(f"note: {data.data_dir} is not the corpus that {folder} was trained on")
+
+    batches = tqdm(
+        split_batches(plan, config.batch_size),
+        total=-(-plan.num_rows // config.batch_size),
+        unit="batch",
+        desc=config.split,
+        mininterval=0.5 if sys.stderr.isatty() else 30.0,
+    )
+    likelihood = evaluate_likelihood(model, batches, precision)
+    evaluation = {
+        **likelihood,
+        "baselines": evaluate_baselines(corpus, data) if config.split == "validation" else {},
+        "checkpoint": str(folder),
+        "step": state["progress"]["step"],
+        "split": config.split,
+        "pieces": len(plan.pieces),
+        "data_dir": data.data_dir,
+        "data_hash": corpus.hash,
+    }
+    write_atomic(output, json.dumps(evaluation, indent=1).encode())
+    print(report(evaluation))
+    print(f"written to {output}")
+    return evaluation
+
+
+def run_folder(checkpoint: Path) -> Path:
+    """The run that a checkpoint belongs to; a checkpoint that was copied elsewhere is its own."""
+    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
+
+
+def report(evaluation: dict) -> str:
+    """The numbers as text: the model and the baselines, then the model by token type."""
+    lines = [
+        f"{evaluation['checkpoint']}, step {evaluation['step']}: {evaluation['split']} split, "
+        f"{evaluation['pieces']:,} pieces, {evaluation['notes']:,} notes, {evaluation['bars']:,} bars",
+        "",
+        f"{'':14}{'nats a note':>12}{'a bar':>10}{'a token':>10}{'perplexity':>12}",
+    ]
+    compared = {"this model": evaluation, **evaluation["baselines"]}
+    for name, result in sorted(compared.items(), key=lambda item: item[1]["nats_per_note"]):
+        lines.append(
+            f"{name.replace('_', ' '):14}{result['nats_per_note']:12.3f}{result['nats_per_bar']:10.1f}"
+            f"{result['nats_per_token']:10.3f}{result['perplexity']:12.2f}"
+        )
+    lines += ["", f"{'by type':14}{'tokens':>12}{'share':>10}{'a token':>10}"]
+    for name, entry in evaluation["by_type"].items():
+        share = entry["nats"] / evaluation["nats"] if evaluation["nats"] else 0.0
+        lines.append(f"{name:14}{entry['tokens']:12,}{share:10.1%}{entry['nats_per_token']:10.3f}")
+    return "\n".join(lines)

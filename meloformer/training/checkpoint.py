@@ -1,0 +1,201 @@
+"""Checkpoints that are whole or absent, and the two pointers that name the ones that matter.
+
+    checkpoints/step_00000500/   model.safetensors, config.json   what `MeloFormer.from_pretrained` reads
+                                 optimizer.safetensors            one tensor per parameter and moment, by name
+                                 state.json                       everything else that resuming needs; numbers and text
+    checkpoints/latest, best     text files holding the name of a step's folder and a newline
+
+A folder is written aside (`.step_00000500.tmp`), synced, and renamed into place; then `latest` is moved to it. `latest`
+is the commit point: a folder newer than it is the rest of a save that was killed, or of a branch that was left
+by resuming further back, and the next save removes it. Text files rather than symlinks, because
+they survive every file system, archive and copy.
+
+>>> newest(Path("runs/base/checkpoints"))   # doctest: +SKIP
+PosixPath('runs/base/checkpoints/step_00000500')
+
+What surprises: the folder of the best validation is never removed, so a run holds up to keep_last + 1 checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from meloformer.errors import UserError
+from meloformer.files import sync_directory, write_atomic
+
+FORMAT = 1
+MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+STEP_FOLDER = re.compile(r"step_(\d{8,})")
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, damaged, or could not be written."""
+
+
+def step_folder(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    """Step that a checkpoint folder's name states, -1 for any other name."""
+    match = STEP_FOLDER.fullmatch(folder.name)
+    return int(match.group(1)) if match else -1
+
+
+def all_steps(checkpoints: Path) -> list[int]:
+    """Steps of the folders that are there, ascending."""
+    if not checkpoints.is_dir():
+        return []
+    return sorted(step_of(folder) for folder in checkpoints.iterdir() if step_of(folder) >= 0)
+
+
+# --- pointers -------------------------------------------------------------------------------------------------
+
+
+def read_pointer(checkpoints: Path, name: str) -> Path | None:
+    """The folder that `latest` or `best` names; None where the pointer or its folder is not there."""
+    try:
+        target = checkpoints / (checkpoints / name).read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return None
+    return target if step_of(target) >= 0 and target.is_dir() else None
+
+
+def write_pointer(checkpoints: Path, name: str, step: int | None) -> None:
+    """Point at a step's folder, or at nothing."""
+    if step is None:
+        (checkpoints / name).unlink(missing_ok=True)
+    else:
+        write_atomic(checkpoints / name, f"{step_folder(step)}\n".encode())
+
+
+def committed(checkpoints: Path) -> list[Path]:
+    """Folders that were completely saved, newest first: those up to `latest`."""
+    latest = read_pointer(checkpoints, "latest")
+    if latest is None:
+        return []
+    return [checkpoints / step_folder(s) for s in reversed(all_steps(checkpoints)) if s <= step_of(latest)]
+
+
+def newest(checkpoints: Path) -> Path | None:
+    folders = committed(checkpoints)
+    return folders[0] if folders else None
+
+
+# --- writing --------------------------------------------------------------------------------------------------
+
+
+def save(
+    checkpoints: Path,
+    step: int,
+    save_model: Callable[[Path], None],
+    optimizer: dict[str, Tensor],
+    state: dict,
+    keep_last: int,
+    best_step: int | None,
+) -> Path:
+    """Write one checkpoint and commit it, then remove what retention no longer wants; returns its folder.
+
+    `save_model(folder)` writes the model's own files. Whatever is raised on the way, the checkpoints that were there
+    stay whole and `latest` still names one of them.
+    """
+    target = checkpoints / step_folder(step)
+    aside = checkpoints / f".{target.name}.tmp"
+    replaced = checkpoints / f".{target.name}.old"
+    try:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        for left_over in checkpoints.glob(".step_*"):
+            shutil.rmtree(left_over)
+        aside.mkdir()
+        save_model(aside)
+        save_file(optimizer, aside / OPTIMIZER)
+        (aside / STATE).write_text(json.dumps({"format": FORMAT, **state}, indent=1), encoding="utf-8")
+        for file in aside.iterdir():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        sync_directory(aside)
+        if target.exists():  # newer than `latest`: nothing refers to it
+            os.replace(target, replaced)
+        os.replace(aside, target)
+        sync_directory(checkpoints)
+        write_pointer(checkpoints, "latest", step)
+        write_pointer(checkpoints, "best", best_step)
+        prune(checkpoints, step, keep_last, best_step)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{target}: the checkpoint could not be written ({error}); the earlier ones are whole: "
+            "make room and go on with --resume auto"
+        ) from error
+    finally:
+        for left_over in (aside, replaced):
+            shutil.rmtree(left_over, ignore_errors=True)
+    return target
+
+
+def prune(checkpoints: Path, step: int, keep_last: int, best_step: int | None) -> None:
+    """Remove all but the `keep_last` folders up to `step` and the best one; folders beyond `step` are an old branch."""
+    steps = all_steps(checkpoints)
+    kept = {s for s in steps if s <= step} & ({*[s for s in steps if s <= step][-keep_last:], best_step})
+    for old in set(steps) - kept:
+        # Renamed first: a folder that is killed half removed must not look like a checkpoint.
+        gone = checkpoints / f".{step_folder(old)}.gone"
+        os.replace(checkpoints / step_folder(old), gone)
+        shutil.rmtree(gone)
+
+
+# --- reading --------------------------------------------------------------------------------------------------
+
+
+def read_state(folder: Path) -> dict:
+    """state.json of a checkpoint."""
+    path = folder / STATE
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: no checkpoint of a training run ({STATE} is missing)") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON ({error}); resume from another checkpoint") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        found = state.get("format") if isinstance(state, dict) else None
+        raise CheckpointError(f"{path}: checkpoint format {found!r}, this code reads {FORMAT}")
+    return state
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file, on the CPU."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: unreadable ({error}); resume from another checkpoint") from None
+
+
+def check(folder: Path) -> None:
+    """CheckpointError, naming the file, where a checkpoint is missing something or is cut short. Reads headers only."""
+    read_state(folder)
+    for name in (MODEL, OPTIMIZER):
+        try:
+            with safe_open(folder / name, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{folder / name}: unreadable ({error}); resume from another checkpoint") from None
+
+
+def find(path: str | Path) -> Path:
+    """The checkpoint that `path` names: itself, or the newest of a run's folder or of its checkpoints folder."""
+    path = Path(path)
+    if step_of(path) >= 0 or (path / STATE).is_file():
+        return path
+    for checkpoints in (path / "checkpoints", path):
+        folder = newest(checkpoints)
+        if folder is not None:
+            return folder
+    raise CheckpointError(f"{path}: no checkpoint there (a run's folder is expected, or its checkpoints/step_...)")

@@ -1,0 +1,130 @@
+"""What a run says: one table before the first step, a progress bar, metrics.jsonl, TensorBoard where installed.
+
+metrics.jsonl holds one JSON object a line. Every record has `step` (updates done) and `kind`:
+
+    {"kind": "train", "step": 20, "epoch": 0, "loss": 2.31, "lr": 0.0003, "grad_norm": 0.8, ...}
+    {"kind": "validation", "step": 20, "nats_per_note": 7.1, "nats_per_bar": 61.0, "by_type": {"T": ..., "P": ...}, ...}
+
+>>> cut_back(Path("runs/base/metrics.jsonl"), step=500)   # doctest: +SKIP
+
+What surprises: resuming rewrites the file without the records after the checkpoint, so that each step stands in
+it once however often the run was killed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from meloformer.files import write_atomic
+
+METRICS = "metrics.jsonl"
+
+
+class RunLog:
+    """The places that a record goes to. `step` is the one that the run continues from."""
+
+    def __init__(self, run: Path, step: int, max_steps: int):
+        cut_back(run / METRICS, step)
+        self.file = open(run / METRICS, "a", encoding="utf-8")  # noqa: SIM115  (closed in close)
+        self.board = open_tensorboard(run, step)
+        self.bar = tqdm(
+            total=max_steps,
+            initial=step,
+            unit="step",
+            dynamic_ncols=True,
+            smoothing=0.05,
+            file=sys.stdout,
+            # Into a file or a CI log, a line now and then is enough.
+            mininterval=0.5 if sys.stdout.isatty() else 30.0,
+        )
+
+    def train(self, record: dict) -> None:
+        self._write({"kind": "train", **record})
+        nan = float("nan")  # null in the record where every update was skipped
+        loss, grad_norm = (nan if record[name] is None else record[name] for name in ("loss", "grad_norm"))
+        self.bar.set_postfix_str(
+            f"loss {loss:.3f}, lr {record['lr']:.1e}, grad {grad_norm:.2f}, {record['tokens_per_second']:,.0f} tok/s",
+            refresh=False,
+        )
+
+    def validation(self, record: dict) -> None:
+        self._write({"kind": "validation", **record})
+        by_type = "  ".join(f"{name} {entry['nats_per_token']:.2f}" for name, entry in record["by_type"].items())
+        self.say(
+            f"step {record['step']:>6}  validation: {record['nats_per_note']:.3f} nats a note, "
+            f"{record['nats_per_bar']:.1f} a bar;  a token: {by_type}"
+        )
+
+    def advance(self) -> None:
+        self.bar.update()
+
+    def say(self, text: str) -> None:
+        self.bar.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+    def sync(self) -> None:
+        """Everything written so far is on disk: called before a checkpoint, which must not be ahead of its log."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        self.bar.close()
+        self.file.close()
+        if self.board is not None:
+            self.board.close()
+
+    def _write(self, record: dict) -> None:
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        if self.board is not None:
+            for name, value in flatten(record):
+                self.board.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+
+
+def flatten(record: dict, prefix: str = ""):
+    """(path, number) of every number in a nested record, `step` apart."""
+    for key, value in record.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}/")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and key != "step":
+            yield prefix + key, value
+
+
+def open_tensorboard(run: Path, step: int):
+    """A writer into the run's folder that hides what was logged after `step` before; None where not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Drop the records after `step`, and a last line that a kill cut short."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if line.endswith(b"\n") and record["step"] <= step:
+            kept.append(line)
+    write_atomic(path, b"".join(kept))
+
+
+def table(rows: list[tuple[str, str]]) -> str:
+    """Two columns, the second aligned.
+
+    >>> print(table([("model", "small"), ("device", "cpu")]))
+      model   small
+      device  cpu
+    """
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)

@@ -1,0 +1,107 @@
+"""Checkpoints: whole or absent, two pointers, retention."""
+
+from __future__ import annotations
+
+import errno
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from meloformer.training import checkpoint
+
+
+def save(folder, step, keep_last=2, best_step=None, value=0.0, fail=None):
+    def save_model(into):
+        save_file({"weight": torch.full((3,), value)}, into / checkpoint.MODEL)
+        (into / "config.json").write_text("{}")
+        if fail is not None:
+            raise fail
+
+    moments = {"weight/exp_avg": torch.full((3,), value)}
+    return checkpoint.save(folder, step, save_model, moments, {"step": step}, keep_last, best_step)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_checkpoint_is_safetensors_and_json_only(tmp_path):
+    folder = save(tmp_path, 500, best_step=500)
+    assert names(folder) == ["config.json", "model.safetensors", "optimizer.safetensors", "state.json"]
+    assert (tmp_path / "latest").read_text() == (tmp_path / "best").read_text() == "step_00000500\n"
+    checkpoint.check(folder)
+    assert checkpoint.find(folder) == checkpoint.find(tmp_path) == folder
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_a_save_that_fails_leaves_the_old_checkpoints_and_nothing_half_written(tmp_path, error):
+    """A full disk, and a second Ctrl-C, in the middle of writing."""
+    save(tmp_path, 1, value=1.0)
+    before = names(tmp_path)
+    with pytest.raises(BaseException) as caught:
+        save(tmp_path, 2, value=2.0, fail=error)
+    assert names(tmp_path) == before
+    assert checkpoint.newest(tmp_path).name == "step_00000001"
+    if isinstance(error, OSError):
+        assert isinstance(caught.value, checkpoint.CheckpointError)
+        assert "No space left" in str(caught.value) and "--resume auto" in str(caught.value)
+
+
+def test_what_a_kill_leaves_is_passed_over_and_removed(tmp_path):
+    """SIGKILL gives no chance to clean up: a folder aside, or one that was renamed before `latest` moved."""
+    save(tmp_path, 1)
+    (tmp_path / ".step_00000002.tmp").mkdir()
+    torn = tmp_path / "step_00000003"
+    torn.mkdir()
+    assert checkpoint.newest(tmp_path).name == "step_00000001"
+    save(tmp_path, 2)
+    assert names(tmp_path) == ["latest", "step_00000001", "step_00000002"]
+
+
+def test_saving_a_step_again_replaces_it(tmp_path):
+    save(tmp_path, 2, value=1.0)
+    checkpoint.write_pointer(tmp_path, "latest", None)
+    folder = save(tmp_path, 2, value=2.0)
+    assert checkpoint.read_tensors(folder / checkpoint.OPTIMIZER)["weight/exp_avg"].tolist() == [2.0] * 3
+
+
+def test_retention_keeps_the_last_ones_and_the_best(tmp_path):
+    for step in (10, 20, 30, 40, 50):
+        save(tmp_path, step, keep_last=2, best_step=20 if step >= 20 else None)
+    assert checkpoint.all_steps(tmp_path) == [20, 40, 50]
+    assert checkpoint.read_pointer(tmp_path, "best").name == "step_00000020"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("state.json", "{", "not JSON"),
+        ("state.json", '{"format": 99}', "format 99"),
+        ("optimizer.safetensors", "short", "unreadable"),
+        ("model.safetensors", None, "unreadable"),
+    ],
+)
+def test_damage_is_named(tmp_path, file, content, said):
+    folder = save(tmp_path, 1)
+    if content is None:
+        whole = (folder / file).read_bytes()
+        (folder / file).write_bytes(whole[:-1])
+    else:
+        (folder / file).write_text(content)
+    with pytest.raises(checkpoint.CheckpointError, match=said) as caught:
+        checkpoint.check(folder)
+    assert str(folder / file) in str(caught.value)
+
+
+def test_a_folder_without_checkpoints_says_so(tmp_path):
+    with pytest.raises(checkpoint.CheckpointError, match="no checkpoint there"):
+        checkpoint.find(tmp_path / "nothing")
+
+
+def test_state_survives_json_exactly(tmp_path):
+    """Floats are part of what must come back bit for bit."""
+    number = 0.1 + 0.2
+    folder = checkpoint.save(tmp_path, 1, lambda into: None, {}, {"nats": number}, 1, None)
+    assert json.loads((folder / "state.json").read_text())["nats"] == number
