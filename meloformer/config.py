@@ -164,6 +164,9 @@ class TrainingConfig(Settings):
     resume: str = option(
         "never", "auto goes on from output_dir's latest checkpoint if it has one; or the path of one of its checkpoints"
     )
+    init_from: str | None = option(
+        None, "fine-tune: begin with the weights (and the model settings) of this run or checkpoint"
+    )
     epochs: int = option(100, "passes over the training pieces")
     max_steps: int | None = option(None, "stop after this many optimizer steps", shown="all epochs")
     batch_size: int = option(4, "rows on each GPU in one pass")
@@ -181,8 +184,14 @@ class TrainingConfig(Settings):
     device: str = option("auto", "auto, cpu, cuda or cuda:1")
     seed: int = option(0, "initial weights, order and variations")
     num_workers: int = option(2, "threads that build rows ahead of need; 0 builds them when they are needed")
+    gradient_checkpointing: bool = option(
+        False, "compute activations again in the backward pass: less memory, a quarter more time"
+    )
+    compile: bool | None = option(None, "fuse the model's operations with torch.compile", shown="on a GPU")
     val_interval: int = option(500, "steps between validations")
     val_max_rows: int = option(256, "held-out rows in a validation while training; evaluate.py takes all")
+    patience: int = option(0, "stop after this many validations without a better one; 0 never does")
+    sample_interval: int = option(0, "steps between pieces written to the run's samples/ to listen to; 0 writes none")
     save_interval: int = option(500, "steps between checkpoints")
     keep_last: int = option(3, "checkpoints kept besides the best")
     log_interval: int = option(10, "steps between lines of metrics.jsonl")
@@ -199,7 +208,8 @@ class TrainingConfig(Settings):
         for name in ("learning_rate", "max_grad_norm"):
             value = getattr(self, name)
             self.require(value > 0, f"training.{name}", value, "above 0", "see --help for the default")
-        for name in ("min_lr", "warmup_steps", "weight_decay", "seed", "num_workers"):
+        not_negative = ("min_lr", "warmup_steps", "weight_decay", "seed", "num_workers", "patience", "sample_interval")
+        for name in not_negative:
             value = getattr(self, name)
             self.require(value >= 0, f"training.{name}", value, "at least 0", "see --help for the default")
         for name in ("beta1", "beta2"):

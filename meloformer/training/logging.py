@@ -20,6 +20,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from meloformer.errors import UserError
 from meloformer.files import write_atomic
 
 METRICS = "metrics.jsonl"
@@ -60,6 +61,15 @@ class RunLog:
             f"{record['nats_per_bar']:.1f} a bar;  a token: {by_type}"
         )
 
+    def preview(self, step: int, files: list[Path]) -> None:
+        """Say where a generated piece is; its picture goes to TensorBoard too."""
+        self.say(f"step {step:>6}  sample: {', '.join(map(str, files))}")
+        pictures = [file for file in files if file.suffix == ".png"]
+        if self.board is not None and pictures:
+            from matplotlib.image import imread
+
+            self.board.add_image("sample", imread(pictures[0])[..., :3], step, dataformats="HWC")
+
     def advance(self) -> None:
         self.bar.update()
 
@@ -69,8 +79,11 @@ class RunLog:
 
     def sync(self) -> None:
         """Everything written so far is on disk: called before a checkpoint, which must not be ahead of its log."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        try:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            raise self._cannot_write(error) from None
 
     def close(self) -> None:
         self.bar.close()
@@ -78,12 +91,35 @@ class RunLog:
         if self.board is not None:
             self.board.close()
 
+    def _cannot_write(self, error: OSError) -> UserError:
+        return UserError(
+            f"{self.file.name}: {error.strerror}; the checkpoints are whole: make room and go on with --resume auto"
+        )
+
     def _write(self, record: dict) -> None:
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise self._cannot_write(error) from None
         if self.board is not None:
             for name, value in flatten(record):
                 self.board.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+
+
+class SilentLog:
+    """A RunLog that goes nowhere: of the run's processes one writes."""
+
+    def close(self) -> None:
+        pass
+
+    def _ignore(self, *arguments: object) -> None:
+        pass
+
+    train = validation = preview = say = _ignore
+
+    def advance(self) -> None:
+        pass
 
 
 def flatten(record: dict, prefix: str = ""):
