@@ -5,6 +5,9 @@ from __future__ import annotations
 import functools
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ import torch
 
 from meloformer.data import Corpus, RowPlan, batches, steps_in
 from meloformer.training import checkpoint, loop
+from tests.conftest import ROOT
 from tests.training.processes import Run, records
 from tests.training.small import small_config, write_corpus
 
@@ -217,3 +221,54 @@ def test_a_loss_that_is_not_finite_in_one_rank_skips_the_update_of_all(make_conf
     said = "".join(run.texts)
     assert said.count("error:") == 1 and "step 4" in said
     assert said.split("the last rows were")[1].count(".mid bars") >= 4  # of both ranks
+
+
+# --- as a user starts it ----------------------------------------------------------------------------------------
+
+
+def test_torchrun_starts_ctrl_c_stops_and_a_plain_run_goes_on(make_config, tmp_path):
+    """Ctrl-C reaches the launcher and both processes; then one process with twice the micro-steps takes over."""
+    config = make_config(max_steps=400, batch_size=1, resume="auto", log_interval=1)
+    yaml = tmp_path / "config.yaml"
+    config.save(yaml)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    run = subprocess.Popen(
+        [*launcher, "train.py", "--config", str(yaml)],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    metrics = Path(config.training.output_dir) / "metrics.jsonl"
+    end = time.monotonic() + 90
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 3) and time.monotonic() < end:
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.1)
+    os.killpg(run.pid, signal.SIGINT)
+    out, error = run.communicate(timeout=60)
+    assert "SIGINT: saved at step" in out, error
+    assert out.count("parameters") == 1  # one table
+    stopped = len(records(config))
+    assert 3 <= stopped < 400
+
+    config.training.gradient_accumulation_steps = 4
+    succeed(config, 1, functools.partial(in_update, 2, functools.partial(signal.raise_signal, signal.SIGTERM)))
+    assert [record["step"] for record in records(config)] == list(range(1, stopped + 3))
+
+
+def test_torchrun_says_a_mistake_once(make_config, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*launcher, "train.py", "--data_dir", str(tmp_path), "--batchsize", "2"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    assert done.returncode != 0
+    assert [line for line in done.stderr.splitlines() if line.startswith("error:")] == [
+        "error: --batchsize: no such flag; the nearest is --batch_size"
+    ]
