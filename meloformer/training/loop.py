@@ -119,7 +119,8 @@ def train_rank(config: Config, ranks: Ranks, held: ExitStack) -> None:
         held.enter_context(run.locked(folder))
     if start is None:
         if ranks.is_main:
-            run.refuse_a_run(folder)  # again: one may have come and gone before the lock
+            if settings.resume == "never":
+                run.refuse_a_run(folder)  # again: one may have come and gone before the lock
             config.save(folder / run.CONFIG)
         weights = pretrained.state_dict() if pretrained else model.state_dict()
         load_weights(model, ranks.broadcast_tensors(weights), settings.init_from)
