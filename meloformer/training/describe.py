@@ -44,7 +44,7 @@ def describe(
     processes = f"{ranks.world_size} x " if ranks.world_size > 1 else ""
     # float32 weights, gradients and moments: two of AdamW, or Muon's one for the matrices
     moments = sum(p.numel() * (1 if t.optimizer == "muon" and p.ndim == 2 else 2) for p in model.parameters())
-    memory = 4 * (2 * model.num_parameters() + moments) / 2**30
+    memory = 4 * (2 * model.num_parameters() + moments) / 2**20
     skipped = [f"{count:,} {SKIP_REASONS[reason]}" for reason, count in sorted(plan.skipped.items())]
     notes = int(corpus.index["num_notes"].sum())
     return table(
@@ -55,7 +55,7 @@ def describe(
             ("training", f"{len(plan.pieces):,} pieces in {plan.num_rows:,} rows of {d.max_seq_len:,} tokens"),
             ("held out", f"{len(validation.pieces):,} pieces in {validation.num_rows:,} rows"),
             ("skipped", "; ".join(skipped) or "nothing"),
-            ("memory", f"{memory:.2f} GiB of weights, gradients and moments, activations apart"),
+            ("memory", f"{memory:,.0f} MiB of weights, gradients and moments, activations apart"),
             ("a step", f"{processes}{t.batch_size} x {t.gradient_accumulation_steps} rows, about {used:,} tokens"),
             ("steps", f"{fixed.max_steps:,}, about {per_epoch:,} an epoch"),
             ("optimizer", f"{t.optimizer}, learning rate {t.learning_rate:g} to {t.min_lr:g}"),
