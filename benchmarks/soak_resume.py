@@ -32,7 +32,7 @@ from tests.training.processes import Run, records
 from tests.training.small import small_config, write_corpus
 
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.listdir", "os.scandir", "shutil.rmtree"}
-MOST_OPERATIONS = 90  # in three or four savings; a number beyond the run's last is no kill, and does no harm
+MOST_OPERATIONS = 60  # in three or four savings; a number beyond the run's last is no kill, and does no harm
 
 
 def die_while_writing(operation: int, folder: str, rank: int) -> None:
@@ -61,7 +61,7 @@ def killed_run(config: Config, processes: int, kills: int, rng: np.random.Genera
             codes = Run(config, processes, functools.partial(die_while_writing, operation, checkpoints)).finish()
         else:
             run = Run(config, processes)
-            time.sleep(rng.uniform(0.05, seconds))
+            time.sleep(rng.uniform(0.05, 0.8 * seconds))
             run.kill()
             codes = run.codes
         finished = all(code == 0 for code in codes)

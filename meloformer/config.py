@@ -190,6 +190,7 @@ class TrainingConfig(Settings):
     compile: bool | None = option(None, "fuse the model's operations with torch.compile", shown="on a GPU")
     val_interval: int = option(500, "steps between validations")
     val_max_rows: int = option(256, "held-out rows in a validation while training; evaluate.py takes all")
+    val_task_rows: int = option(32, "held-out rows for each way of deferring bars (infilling); 0 leaves it out")
     patience: int = option(0, "stop after this many validations without a better one; 0 never does")
     sample_interval: int = option(0, "steps between pieces written to the run's samples/ to listen to; 0 writes none")
     save_interval: int = option(500, "steps between checkpoints")
@@ -208,8 +209,8 @@ class TrainingConfig(Settings):
         for name in ("learning_rate", "max_grad_norm"):
             value = getattr(self, name)
             self.require(value > 0, f"training.{name}", value, "above 0", "see --help for the default")
-        not_negative = ("min_lr", "warmup_steps", "weight_decay", "seed", "num_workers", "patience", "sample_interval")
-        for name in not_negative:
+        not_negative = ("min_lr", "warmup_steps", "weight_decay", "seed", "num_workers", "val_task_rows", "patience")
+        for name in (*not_negative, "sample_interval"):
             value = getattr(self, name)
             self.require(value >= 0, f"training.{name}", value, "at least 0", "see --help for the default")
         for name in ("beta1", "beta2"):

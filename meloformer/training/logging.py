@@ -3,7 +3,7 @@
 metrics.jsonl holds one JSON object a line. Every record has `step` (updates done) and `kind`:
 
     {"kind": "train", "step": 20, "epoch": 0, "loss": 2.31, "lr": 0.0003, "grad_norm": 0.8, ...}
-    {"kind": "validation", "step": 20, "nats_per_note": 7.1, "nats_per_bar": 61.0, "by_type": {"T": ..., "P": ...}, ...}
+    {"kind": "validation", "step": 20, "nats_per_note": 7.1, "by_type": {"T": {..}, ..}, "by_task": {"track": 5.2, ..}}
 
 >>> cut_back(Path("runs/base/metrics.jsonl"), step=500)   # doctest: +SKIP
 

@@ -31,6 +31,7 @@ from meloformer.data import Corpus, RowPlan, Step, batches, steps_in
 from meloformer.device import autocast, choose_precision
 from meloformer.errors import UserError
 from meloformer.evaluation.likelihood import evaluate_likelihood, split_batches
+from meloformer.evaluation.tasks import Tasks
 from meloformer.model import MeloFormer
 from meloformer.training import checkpoint, run
 from meloformer.training.describe import describe, last_words
@@ -143,6 +144,7 @@ def train_rank(config: Config, ranks: Ranks, held: ExitStack) -> None:
     parameters = [p for p in model.parameters() if p.requires_grad]
     train_seconds, train_targets = 0.0, 0  # since the last line of the log; validation and saving apart
     steps = endless_steps(corpus, config, plan, progress, rows_per_step, ranks)
+    tasks = Tasks(corpus, config.data)
     log = RunLog(folder, progress.step, fixed.max_steps) if ranks.is_main else SilentLog()
     model.train()
     with StopSignals(echoes=ranks.world_size > 1) as stop, closing(log), closing(steps):
@@ -211,7 +213,11 @@ def train_rank(config: Config, ranks: Ranks, held: ExitStack) -> None:
                 share = (ranks.rank, ranks.world_size)
                 held_out = split_batches(validation, settings.batch_size, settings.val_max_rows, *share)
                 likelihood = evaluate_likelihood(model, held_out, precision, ranks.sum_arrays)
-                log.validation({"step": progress.step, **likelihood})
+                by_task = {}
+                if settings.val_task_rows:
+                    rows = (settings.batch_size, settings.val_task_rows)
+                    by_task = tasks.evaluate(model, *rows, precision, *share, ranks.sum_arrays)
+                log.validation({"step": progress.step, **likelihood, "by_task": by_task})
                 best = progress.best_nats_per_note
                 improved = best is None or likelihood["nats_per_note"] < best
                 progress.waited = 0 if improved else progress.waited + 1

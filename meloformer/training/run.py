@@ -32,8 +32,8 @@ CONFIG, LOCK = "config.yaml", ".lock"
 FREE = {
     "training": (
         *("output_dir", "resume", "init_from", "device", "num_workers", "batch_size", "gradient_accumulation_steps"),
-        *("val_interval", "val_max_rows", "patience", "sample_interval", "save_interval", "keep_last", "log_interval"),
-        *("max_nonfinite_steps", "gradient_checkpointing", "compile"),
+        *("val_interval", "val_max_rows", "val_task_rows", "patience", "sample_interval", "save_interval", "keep_last"),
+        *("log_interval", "max_nonfinite_steps", "gradient_checkpointing", "compile"),
     ),
     "data": ("data_dir",),
     "model": ("backend",),
