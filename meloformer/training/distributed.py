@@ -155,7 +155,7 @@ def _talk(collective: Callable, *arguments: Any, **options: Any) -> Any:
     try:
         return collective(*arguments, **options)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = " ".join(str(error).split()).split("] ", 1)[-1].split(". ")[0]  # without the place in gloo's source
         raise LostRank(
             f"another process of the run has ended ({reason}); its own message, or the system's log where it was "
             "killed, says why; go on with --resume auto"
