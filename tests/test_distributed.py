@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from meloformer.data import Corpus, RowPlan, batches, steps_in
-from meloformer.training import checkpoint, loop
+from meloformer.training import checkpoint, distributed, loop
 from tests.conftest import ROOT
 from tests.training.processes import Run, records
 from tests.training.small import small_config, write_corpus
@@ -100,6 +100,41 @@ def test_ranks_share_out_the_rows(make_config):
         assert sorted(map(str, parts[0] + parts[1])) == sorted(map(str, together))
         assert not set(map(str, parts[0])) & set(map(str, parts[1]))
         assert len(ranks[0].micro_batches) == len(ranks[1].micro_batches)
+
+
+def small_buckets(rank: int) -> None:
+    distributed.BUCKET = 5000
+
+
+def test_gradients_sent_in_many_messages_are_the_same(make_config):
+    """Bit for bit: two numbers have one sum. A model of the tests fits into one message otherwise."""
+    one, many = (make_config(name, max_steps=3) for name in ("one", "many"))
+    succeed(one, 2)
+    succeed(many, 2, small_buckets)
+    assert records(many) == records(one)
+    mine, theirs = weights(one), weights(many)
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def tell_messages(rank: int) -> None:
+    real = torch.distributed.all_reduce
+
+    def all_reduce(tensor, *arguments, **options):
+        print(f"summed {tensor.numel()}")
+        return real(tensor, *arguments, **options)
+
+    torch.distributed.all_reduce = all_reduce
+
+
+def test_gradients_are_sent_once_a_step(make_config):
+    """However many micro-steps it has: what is sent in between is a few numbers."""
+    config = make_config(max_steps=3, batch_size=1, gradient_accumulation_steps=3, val_task_rows=0)
+    run = succeed(config, 2, tell_messages)
+    size = sum(tensor.numel() for tensor in weights(config).values())
+    for text in run.texts:
+        messages = [int(line.split()[1]) for line in text.splitlines() if line.startswith("summed")]
+        assert messages.count(size) == 3
+        assert max(count for count in messages if count != size) < 100
 
 
 def test_one_process_goes_on_as_two(make_config):
