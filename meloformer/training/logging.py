@@ -56,9 +56,11 @@ class RunLog:
     def validation(self, record: dict) -> None:
         self._write({"kind": "validation", **record})
         by_type = "  ".join(f"{name} {entry['nats_per_token']:.2f}" for name, entry in record["by_type"].items())
+        by_task = "  ".join(f"{name} {nats:.2f}" for name, nats in record["by_task"].items())
         self.say(
             f"step {record['step']:>6}  validation: {record['nats_per_note']:.3f} nats a note, "
             f"{record['nats_per_bar']:.1f} a bar;  a token: {by_type}"
+            + (f";  a note to fill in: {by_task}" if by_task else "")
         )
 
     def preview(self, step: int, files: list[Path]) -> None:
