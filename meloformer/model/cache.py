@@ -20,6 +20,7 @@ see it: each slot keeps the fields of the rule, and a CPU copies together and re
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -137,6 +138,12 @@ class DecodingSession:
         self.cache, self.fields = self.cache.index_select(2, index), self.fields.index_select(1, index)
         for name in ("used", "length", "cell", "sounding"):
             setattr(self, name, getattr(self, name)[rows])
+
+    def branch(self, rows: Sequence[int]) -> DecodingSession:
+        """A session that goes on with these streams, in this order; this one stays as it is."""
+        twin = copy.copy(self)  # nothing is shared for long: a session's state is replaced, or copied by `keep`
+        twin.keep(rows)
+        return twin
 
     # --- inside ---------------------------------------------------------------------------------------------
 
