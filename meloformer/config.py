@@ -343,6 +343,9 @@ class EvaluateConfig(Settings):
     checkpoint: str = option(help="a run (its best checkpoint is taken) or one checkpoint")
     data_dir: str | None = option(None, "folder that preprocess_data.py wrote", shown="the run's own")
     split: Literal["validation", "train"] = option("validation", "which pieces, by the run's own split")
+    max_seq_len: int | None = option(
+        None, "read rows of this many tokens, so with more or less context", shown="the run's own"
+    )
     batch_size: int = option(1, "rows in one pass")
     device: str = option("auto", "auto, cpu, cuda or cuda:1")
     precision: Literal["auto", "bf16", "fp32"] = option("auto", "auto is bf16 on hardware that has it, else fp32")
@@ -350,3 +353,5 @@ class EvaluateConfig(Settings):
 
     def validate(self) -> None:
         self.require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1", "1 is the default")
+        rows = self.max_seq_len
+        self.require(rows is None or rows >= 16, "max_seq_len", rows, "at least 16", "leave it out for the run's own")

@@ -70,9 +70,9 @@ class TokenAnnotation(NamedTuple):
 class StreamState:
     """Where a stream stands. Cost per token is constant; nothing is re-read.
 
-    Public state, read only: `region`, `bar`, `num_bars`, `track`, `instruments`, `position` (tokens so far),
-    `masks` [(track, bar)], `fills`, `meter` and `tempo` (tokens in force, -1: none), `num_segments`, `segment_start`,
-    and `open_segment`, the segment that the next token may still continue (-1: none).
+    Public state, read only: `region`, `bar`, `num_bars`, `track`, `instruments`, `position` (tokens so far), `masks`
+    [(track, bar)], `fills`, `meter` and `tempo` (tokens in force, -1: none), `num_segments`, `segment_start`, and
+    `open_segment`, the segment that the next token may still continue (-1: none).
     """
 
     def __init__(self, vocabulary: Vocabulary):

@@ -176,4 +176,4 @@ def test_real_files_come_back(real_midi, tmp_path):
         if kept % 8 == 0:  # mido is slow
             assert_same_music(read_with_miditoolkit(path), score)
         kept += 1
-    assert kept > 50 and cut > 5
+    assert kept > cut
