@@ -6,8 +6,9 @@
 ('small', 4, 2048)
 
 Every key is a flag, `--max_seq_len 512`, with underscores or hyphens, booleans also as `--no-plot`; and every key is
-an override, `data.max_seq_len=512`. The surprise: argparse lays out the help and cuts the line into words, but no
-value passes through its types, so that a flag and a line of yaml are read by the same rules and refused alike.
+an override, `data.max_seq_len=512`. A flag that takes a list of words may be given again, to add to it. The surprise:
+argparse lays out the help and cuts the line into words, but no value passes through its types, so that a flag and a
+line of yaml are read by the same rules and refused alike.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ def load(cls: type[S], argv: Sequence[str] | None = None, description: str | Non
     given: dict[str, Any] = {}
     for key in cls.options():
         word = getattr(flags, key.dotted)
+        if isinstance(word, list):
+            word = ",".join(word)
         if word is not None:
             given[key.dotted] = word if isinstance(word, bool) else read_word(key, word, f"--{key.flag}")
     for word in rest:
@@ -83,6 +86,8 @@ def _parser(cls: type[Settings], description: str | None) -> argparse.ArgumentPa
         if section not in groups:
             groups[section] = parser.add_argument_group(SECTION_TITLES.get(section, section))
         action = {"action": argparse.BooleanOptionalAction} if _is_switch(key) else {"metavar": _metavar(key.hint)}
+        if list[str] in (key.hint, *typing.get_args(key.hint)):
+            action["action"] = "append"
         # default=None, not the real one: what was not given must not override the yaml file
         groups[section].add_argument(f"--{key.flag}", dest=key.dotted, default=None, help=_help(key), **action)
     return parser

@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from meloformer.errors import UserError
 from meloformer.settings import Settings, option
 
 # Two feed-forwards of width d_ff a layer, for summaries and for regular tokens (the last layer has the latter alone),
@@ -269,7 +270,20 @@ class GenerateConfig(Settings):
 
     checkpoint: str = option(help="a run (its best checkpoint is taken) or one checkpoint")
     output: str = option(help="folder for the MIDI files")
-    num_samples: int = option(4, "pieces to write")
+    num_samples: int = option(4, "pieces to write, for each prompt if there are any")
+    prompt: str | None = option(None, "MIDI file to go on from; say how with one of the next three tasks")
+    prompts_file: str | None = option(None, "text file of such MIDI files, one path a line")
+    continue_bars: int | None = option(None, "write so many bars more of every track of the prompt")
+    rewrite: list[str] | None = option(
+        None,
+        "write bars of a track of the prompt anew: track=2,bars=8-16 or track=drums,bars=1; tracks and bars count from "
+        "1; may be given again",
+    )
+    add_instruments: list[str] | None = option(None, "write new parts beside the prompt's, such as 33,drums")
+    prompt_bars: int | None = option(
+        None, "with continue_bars and add_instruments, read only the last so many bars", shown="as many as fit"
+    )
+    only_new: bool = option(False, "write the new notes alone, not the prompt's")
     bars: int | None = option(None, "bars in each piece", shown="the model decides")
     tempo: int | None = option(None, "quarter notes a minute, 20 to 320", shown="the model decides")
     time_signature: str | None = option(None, "such as 4/4 or 6/8", shown="the model decides")
@@ -277,6 +291,10 @@ class GenerateConfig(Settings):
         None, "General MIDI programs (0 to 127), names, or drums, such as drums,33,violin", shown="the model decides"
     )
     temperature: float = option(1.0, "below 1 safer, above 1 wilder; 0 always takes the likeliest token")
+    temperature_time: float | None = option(None, "for when notes begin", shown="temperature")
+    temperature_pitch: float | None = option(None, "for pitches", shown="temperature")
+    temperature_duration: float | None = option(None, "for how long notes last", shown="temperature")
+    temperature_velocity: float | None = option(None, "for how loud notes are", shown="temperature")
     top_k: int = option(0, "sample among the k likeliest tokens; 0 is off")
     top_p: float = option(0.98, "sample among the likeliest tokens that hold this share; 1 is off")
     min_p: float = option(0.0, "leave out tokens below this share of the likeliest one's probability; 0 is off")
@@ -284,22 +302,49 @@ class GenerateConfig(Settings):
     device: str = option("auto", "auto, cpu, cuda or cuda:1")
     batch_size: int = option(8, "pieces written at once")
     max_length: int | None = option(None, "tokens in a piece at most", shown="max_seq_len of the run")
-    plot: bool = option(False, "write a piano roll (.png) beside every piece")
+    plot: bool = option(False, "write a piano roll (.png) beside every piece, new notes in colour")
+    wav: bool = option(False, "write sound (.wav) beside every piece, through FluidSynth")
+    soundfont: str | None = option(None, "the .sf2 file that --wav sounds through", shown="the system's")
 
     def validate(self) -> None:
-        for name in ("num_samples", "bars", "batch_size", "max_length"):
+        for name in ("num_samples", "bars", "batch_size", "max_length", "continue_bars", "prompt_bars"):
             value = getattr(self, name)
             self.require(value is None or value >= 1, name, value, "at least 1", "see --help for the default")
-        for name in ("temperature", "top_k", "seed"):
-            self.require(
-                getattr(self, name) >= 0, name, getattr(self, name), "at least 0", "see --help for the default"
-            )
+        families = ("time", "pitch", "duration", "velocity")
+        for name in ("temperature", "top_k", "seed", *(f"temperature_{family}" for family in families)):
+            value = getattr(self, name)
+            self.require(value is None or value >= 0, name, value, "at least 0", "see --help for the default")
+        self._validate_task()
         tempo = self.tempo
         self.require(
             tempo is None or 20 <= tempo <= 320, "tempo", tempo, "from 20 to 320", "leave it out to let it vary"
         )
         self.require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, at most 1", "1 turns it off")
         self.require(0 <= self.min_p <= 1, "min_p", self.min_p, "from 0 to 1", "0 turns it off")
+
+    def _validate_task(self) -> None:
+        """Flags that contradict each other."""
+
+        def given(*names: str) -> list[str]:
+            return [f"--{name}" for name in names if getattr(self, name) not in (None, False)]
+
+        prompts = given("prompt", "prompts_file")
+        tasks = given("continue_bars", "rewrite", "add_instruments")
+        if len(prompts) > 1:
+            raise UserError("--prompt and --prompts_file: give one of them; the file may name a single prompt")
+        if prompts and len(tasks) != 1:
+            raise UserError(
+                f"{prompts[0]} needs one of --continue_bars, --rewrite and --add_instruments, received "
+                f"{' and '.join(tasks) or 'none'}; the output of one may be the prompt of the next"
+            )
+        for flag in [] if prompts else [*tasks, *given("prompt_bars", "only_new")]:
+            raise UserError(f"{flag} needs a MIDI file to go on from; give --prompt")
+        for flag in given("bars", "tempo", "time_signature", "instruments") if prompts else []:
+            raise UserError(f"{flag} is for pieces from nothing, here the prompt decides; leave it out")
+        if self.rewrite is not None and self.prompt_bars is not None:
+            raise UserError("--prompt_bars goes with --continue_bars or --add_instruments; --rewrite names its bars")
+        if self.soundfont is not None and not self.wav:
+            raise UserError("--soundfont is what --wav sounds through; give --wav too")
 
 
 @dataclass(kw_only=True)

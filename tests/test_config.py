@@ -264,6 +264,32 @@ def test_generation_out_of_range(word):
     assert word.split("=")[0] in message
 
 
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        ("--continue_bars 4", "--continue_bars needs a MIDI file"),
+        ("--only_new", "--only_new needs a MIDI file"),
+        ("--prompt a.mid", "needs one of --continue_bars, --rewrite and --add_instruments, received none"),
+        ("--prompt a.mid --continue_bars 4 --add_instruments 33", "--continue_bars and --add_instruments"),
+        ("--prompt a.mid --prompts_file b.txt --continue_bars 4", "give one of them"),
+        ("--prompt a.mid --continue_bars 4 --bars 8", "--bars is for pieces from nothing"),
+        ("--prompt a.mid --rewrite track=1,bars=2 --prompt_bars 8", "--rewrite names its bars"),
+        ("--prompt a.mid --continue_bars 0", "continue_bars is 0"),
+        ("--temperature_pitch -1", "temperature_pitch"),
+        ("--soundfont a.sf2", "give --wav too"),
+    ],
+)
+def test_flags_that_contradict_each_other(words, part):
+    message = refusal("--checkpoint", "a", "--output", "b", *words.split(), cls=GenerateConfig)
+    assert part in message and "\n" not in message
+
+
+def test_a_list_of_words_may_be_given_in_several_flags():
+    words = "--checkpoint a --output b --prompt c.mid --rewrite track=2,bars=8-16 --rewrite track=drums,bars=1"
+    config = load(GenerateConfig, words.split())
+    assert config.rewrite == ["track=2", "bars=8-16", "track=drums", "bars=1"]
+
+
 # --- saving -----------------------------------------------------------------------------------------------------
 
 

@@ -29,6 +29,7 @@ MIN_PITCHES = 24  # a narrower range would make fat notes
 DRUM_QUARTERS = 0.2  # a stroke is drawn this long: what a drum track states as duration says nothing
 DPI = 110
 FAINTEST = 0.35  # opacity at velocity 0
+PALE = 0.3  # of it, for notes that were there before
 
 INK, PAPER, RULE, SHADE = "#2b2d33", "#ffffff", "#d5d8de", "#f4f5f7"
 DRUM_COLOUR = "#4a4e57"
@@ -57,8 +58,11 @@ def require_matplotlib() -> None:
         raise UserError("a piano roll needs matplotlib; pip install matplotlib") from None
 
 
-def piano_roll(score: Score, path: str | Path, title: str = "") -> None:
-    """Draw `score` to a PNG at `path`; UserError without matplotlib."""
+def piano_roll(score: Score, path: str | Path, title: str = "", new: np.ndarray | None = None) -> None:
+    """Draw `score` to a PNG at `path`; UserError without matplotlib.
+
+    new: (notes,) bool, the notes to show in colour; the others are pale. Default: all.
+    """
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -68,7 +72,9 @@ def piano_roll(score: Score, path: str | Path, title: str = "") -> None:
     systems = [bars[i : i + in_system + 1] for i in range(0, len(bars) - 1, in_system)]
     instruments = score.instruments[score.notes["track"]] if score.num_notes else np.zeros(0, dtype=np.int32)
     shown = score.notes["onset"] < bars[-1]
-    melodic, drums = score.notes[shown & (instruments != DRUMS)], score.notes[shown & (instruments == DRUMS)]
+    new = np.ones(score.num_notes, dtype=bool) if new is None else new
+    is_melodic, is_drum = shown & (instruments != DRUMS), shown & (instruments == DRUMS)
+    melodic, drums = score.notes[is_melodic], score.notes[is_drum]
     colours = _colours(score)
 
     low, high = _pitch_range(melodic["pitch"])
@@ -92,12 +98,12 @@ def piano_roll(score: Score, path: str | Path, title: str = "") -> None:
         width = (right - left) * ((system[-1] - system[0]) / quarters) / widest
         roll_height, lane_height = heights[2 * i], heights[2 * i + 1]
         roll = figure.add_axes((left, (edge - roll_height) / page, width, roll_height / page))
-        _draw_roll(roll, score, melodic, system, (low, high), colours)
+        _draw_roll(roll, score, melodic, new[is_melodic], system, (low, high), colours)
         axes = [roll]
         if lane_height:
             lane_at = edge - roll_height - lane_height
             axes.append(figure.add_axes((left, lane_at / page, width, lane_height / page)))
-            _draw_lane(axes[1], score, drums, system, sounds, colours)
+            _draw_lane(axes[1], score, drums, new[is_drum], system, sounds, colours)
         for ax in axes:
             _rule(ax, system, quarters)
         _number_bars(axes[0], score, system, 1 + i * in_system)
@@ -173,24 +179,28 @@ def _rectangles(ax, left, right, bottom, height, colours) -> None:
     ax.add_collection(PolyCollection(corners, facecolors=colours, linewidths=0, zorder=3), autolim=False)
 
 
-def _opaque(rgb: np.ndarray, velocities: np.ndarray) -> np.ndarray:
-    """(n, 3) colours with the opacity of their velocities, (n, 4)."""
+def _opaque(rgb: np.ndarray, velocities: np.ndarray, new: np.ndarray) -> np.ndarray:
+    """(n, 3) colours with the opacity of their velocities, (n, 4); those that are not new are pale."""
     alpha = FAINTEST + (1 - FAINTEST) * velocities[:, None] / 127
+    alpha = np.where(new[:, None], alpha, PALE * alpha)
     return np.concatenate([rgb, alpha], axis=1)
 
 
-def _draw_roll(ax, score: Score, notes: np.ndarray, system: np.ndarray, pitches: tuple[int, int], colours) -> None:
+def _draw_roll(
+    ax, score: Score, notes: np.ndarray, new: np.ndarray, system: np.ndarray, pitches: tuple[int, int], colours
+) -> None:
     low, high = pitches
     starts, ends = notes["onset"], notes["onset"] + notes["duration"]
-    here = notes[(starts < system[-1]) & (ends > system[0])]
-    here = here[np.argsort(-here["duration"], kind="stable")]  # short notes in front of held ones
+    inside = np.flatnonzero((starts < system[-1]) & (ends > system[0]))
+    inside = inside[np.argsort(-notes["duration"][inside], kind="stable")]  # short notes in front of held ones
+    here = notes[inside]
     if len(here):
         left = np.maximum(here["onset"], system[0]) / score.ticks_per_quarter
         right = np.minimum(here["onset"] + here["duration"], system[-1]) / score.ticks_per_quarter
         rgb = np.array([colours[int(instrument)] for instrument in score.instruments[here["track"]]])
         air = np.minimum(0.04, (right - left) * 0.15)  # so that repeated notes do not run together
         bottom = here["pitch"].astype(float) + 0.05
-        _rectangles(ax, left, right - air, bottom, 0.9, _opaque(rgb, here["velocity"]))
+        _rectangles(ax, left, right - air, bottom, 0.9, _opaque(rgb, here["velocity"], new[inside]))
     ax.set_ylim(low, high)
     octaves = [octave for octave in range(0, 128, 12) if low < octave < high]
     ax.set_yticks([octave + 0.5 for octave in octaves], [f"C{octave // 12 - 1}" for octave in octaves])
@@ -198,13 +208,16 @@ def _draw_roll(ax, score: Score, notes: np.ndarray, system: np.ndarray, pitches:
         ax.axhline(octave, color=RULE, linewidth=0.6, zorder=1)
 
 
-def _draw_lane(ax, score: Score, notes: np.ndarray, system: np.ndarray, sounds: np.ndarray, colours) -> None:
-    here = notes[(notes["onset"] >= system[0]) & (notes["onset"] < system[-1])]
+def _draw_lane(
+    ax, score: Score, notes: np.ndarray, new: np.ndarray, system: np.ndarray, sounds: np.ndarray, colours
+) -> None:
+    inside = (notes["onset"] >= system[0]) & (notes["onset"] < system[-1])
+    here = notes[inside]
     if len(here):
         left = here["onset"] / score.ticks_per_quarter
         row = np.searchsorted(sounds, here["pitch"]).astype(float)
         rgb = np.tile(colours[DRUMS], (len(here), 1))
-        _rectangles(ax, left, left + DRUM_QUARTERS, row + 0.14, 0.72, _opaque(rgb, here["velocity"]))
+        _rectangles(ax, left, left + DRUM_QUARTERS, row + 0.14, 0.72, _opaque(rgb, here["velocity"], new[inside]))
     ax.set_ylim(0, len(sounds))
     ax.set_yticks(np.arange(len(sounds)) + 0.5, [percussion_name(int(pitch)) for pitch in sounds])
     ax.set_facecolor(SHADE)

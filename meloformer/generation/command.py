@@ -1,16 +1,26 @@
-"""generate.py's work: from a `GenerateConfig` to MIDI files, pictures and generation.json.
+"""generate.py's work: from a `GenerateConfig` to MIDI files, pictures, sound and generation.json.
 
-Sample i of seed s is `seed{s}_{i:03d}.mid`; a file of an earlier, finished run is never written over. generation.json,
-written last, lists every run into the folder: settings, files, tokens, seconds.
+Sample i of seed s is `seed{s}_{i:03d}.mid`, after a prompt `{prompt}_seed{s}_{i:03d}.mid`; a file of an earlier,
+finished run is never written over. generation.json lists every run into the folder, one for each prompt: settings,
+files, tokens, seconds. It is written when a prompt is done.
+
+>>> run(GenerateConfig(checkpoint="runs/base", output="out", prompt="song.mid", continue_bars=16))   # doctest: +SKIP
+
+What surprises: every prompt is read, and its task planned, before the first note is written, so a bad one in a long
+list costs nothing.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from meloformer.config import GenerateConfig
@@ -19,36 +29,79 @@ from meloformer.errors import UserError
 from meloformer.evaluation.plots import piano_roll, require_matplotlib
 from meloformer.files import write_atomic
 from meloformer.generation.engine import Sample, generate
+from meloformer.generation.prompt import (
+    Prompt,
+    Task,
+    accompaniment,
+    continuation,
+    find_cells,
+    parse_rewrite,
+    rewriting,
+)
 from meloformer.generation.request import Request
 from meloformer.generation.sampling import Sampling
-from meloformer.midi import write_midi
+from meloformer.generation.sound import Synthesizer
+from meloformer.hid import Family
+from meloformer.midi import read_score, write_midi
 from meloformer.midi.general_midi import instrument_name, parse_instrument
 from meloformer.model import MeloFormer
 
 REPORT = "generation.json"
 
 
+@dataclass
+class Job:
+    """One request and the names of its files; `task` where it goes on from a prompt."""
+
+    request: Request
+    names: list[str]
+    task: Task | None = None
+
+    @property
+    def cells(self) -> int | None:
+        """Bars of parts that a sample will have, where that is known."""
+        if self.task is not None:
+            return self.task.cells
+        bars, instruments = self.request.bars, self.request.instruments
+        return None if bars is None or instruments is None else bars * len(instruments)
+
+
 def run(config: GenerateConfig) -> None:
     """Generate and write; UserError before anything is written where something is wrong."""
     config.validate()
-    request = read_request(config)
+    request, paths = read_request(config), read_prompts(config)
     output = Path(config.output)
     runs = _earlier_runs(output)
-    names = [f"seed{config.seed}_{i:03d}" for i in range(config.num_samples)]
-    taken = {sample["file"] for run in runs for sample in run["samples"]} & {f"{name}.mid" for name in names}
+    names = _names(config, paths)
+    taken = {sample["file"] for run in runs for sample in run["samples"]} & {
+        f"{name}.mid" for group in names for name in group
+    }
     if taken:
         raise UserError(f"{output / min(taken)} is there already: choose another --seed or --output")
     if config.plot:
         require_matplotlib()
+    synthesizer = Synthesizer(config.soundfont) if config.wav else None
     model = MeloFormer.from_pretrained(config.checkpoint).to(choose_device(config.device))
-    sampling = Sampling(config.temperature, config.top_k, config.top_p, config.min_p)
+    max_length = config.max_length or model.max_seq_len
+    tasks = [plan(config, Prompt(path, model.vocabulary), max_length) for path in paths]
+    jobs = [Job(task.request, group, task) for task, group in zip(tasks, names)] or [Job(request, names[0])]
+    for task in tasks:
+        if task.note:
+            print(task.note)
     output.mkdir(parents=True, exist_ok=True)
+    for job in jobs:
+        samples, seconds = _generate(model, job, config, max_length)
+        changes = [_write(job, name, sample, config, synthesizer) for name, sample in zip(job.names, samples)]
+        runs.append(_record(job, samples, changes, seconds, config))
+        write_atomic(output / REPORT, json.dumps({"runs": runs}, indent=1).encode())
 
+
+def _generate(model: MeloFormer, job: Job, config: GenerateConfig, max_length: int) -> tuple[list[Sample], float]:
+    """The samples of a job and how many seconds they took, under a progress bar in bars of parts."""
     started = time.perf_counter()
-    known = request.bars is not None and request.instruments is not None
-    parts = config.num_samples * request.bars * len(request.instruments) if known else None
+    total = None if job.cells is None else config.num_samples * job.cells
     written = 0
-    with tqdm(total=parts, unit="bar", desc="generating", disable=not sys.stderr.isatty(), leave=False) as bar:
+    with tqdm(total=total, unit="bar", desc="generating", disable=not sys.stderr.isatty(), leave=False) as bar:
 
         def progress(tokens: int, bars: int) -> None:
             nonlocal written
@@ -58,25 +111,57 @@ def run(config: GenerateConfig) -> None:
 
         samples = generate(
             model,
-            request,
+            job.request,
             config.num_samples,
-            sampling,
+            read_sampling(config),
             config.seed,
             config.batch_size,
-            config.max_length,
+            max_length,
             progress,
         )
-    seconds = time.perf_counter() - started
+    return samples, time.perf_counter() - started
 
-    for name, sample in zip(names, samples):
-        write_midi(sample.score, output / f"{name}.mid")
-        if config.plot:
-            piano_roll(sample.score, output / f"{name}.png", title=name)
-        print(f"{output / name}.mid: {describe(sample)}")
-    tokens = sum(len(sample.tokens) for sample in samples)
-    notes = sum(sample.score.num_notes for sample in samples)
-    record = {
+
+def _write(job: Job, name: str, sample: Sample, config: GenerateConfig, synthesizer: Synthesizer | None) -> Counter:
+    """The files of a sample; counts of what writing the MIDI file changed."""
+    path = Path(config.output) / f"{name}.mid"
+    counts = write_midi(sample.score, path) if job.task is None else job.task.write(sample, path, config.only_new)
+    if config.plot:
+        score, new = sample.score, None
+        if job.task is not None:
+            score = read_score(path)
+            new = _is_new(score, job.task, sample)
+        piano_roll(score, path.with_suffix(".png"), name, new)
+    if synthesizer is not None:
+        synthesizer.render(path, path.with_suffix(".wav"))
+    print(f"{path}: {describe(job, sample)}")
+    return counts
+
+
+def _is_new(score, task: Task, sample: Sample) -> np.ndarray:
+    """(notes,) bool: which notes of the written file the sample wrote."""
+    old = task.prompt.source.score.instruments.tolist()
+    new = task.new_notes(sample)
+    instruments = np.array([*old, *task.instruments])[new["track"]]
+    written = set(zip(instruments.tolist(), new["onset"].tolist(), new["pitch"].tolist()))
+    notes = score.notes
+    found = zip(score.instruments[notes["track"]].tolist(), notes["onset"].tolist(), notes["pitch"].tolist())
+    return np.array([note in written for note in found], dtype=bool)
+
+
+def _record(job: Job, samples: list[Sample], changes: list[Counter], seconds: float, config: GenerateConfig) -> dict:
+    """The run's entry in generation.json; prints its last line."""
+    tokens = sum(len(sample.tokens) - _given(job) for sample in samples)
+    notes = sum(_num_notes(job, sample) for sample in samples)
+    cut = sum(sample.hit_limit for sample in samples)
+    if cut:
+        fewer = "--bars or --instruments" if job.task is None else "bars"
+        print(f"{cut} of {len(samples)} were closed at max_length: ask for fewer {fewer}")
+    print(f"{len(samples)} pieces, {notes} notes in {seconds:.1f} s ({tokens / seconds:.0f} tokens/s): {config.output}")
+    return {
         "settings": config.to_dict(),
+        "prompt": None if job.task is None else str(job.task.prompt.path),
+        "note": "" if job.task is None else job.task.note,
         "seconds": round(seconds, 2),
         "tokens_per_second": round(tokens / seconds, 1),
         "notes_per_second": round(notes / seconds, 1),
@@ -84,24 +169,39 @@ def run(config: GenerateConfig) -> None:
             {
                 "file": f"{name}.mid",
                 "index": sample.index,
-                "tokens": len(sample.tokens),
-                "notes": sample.score.num_notes,
+                "tokens": len(sample.tokens) - _given(job),
+                "notes": _num_notes(job, sample),
                 "bars": sample.score.num_bars,
                 "instruments": [instrument_name(i) for i in sample.score.instruments.tolist()],
                 "hit_max_length": sample.hit_limit,
+                "changes": dict(counts),
             }
-            for name, sample in zip(names, samples)
+            for name, sample, counts in zip(job.names, samples, changes)
         ],
     }
-    write_atomic(output / REPORT, json.dumps({"runs": [*runs, record]}, indent=1).encode())
-    cut = sum(sample.hit_limit for sample in samples)
-    if cut:
-        print(f"{cut} of {len(samples)} were closed at max_length: ask for fewer --bars or --instruments")
-    print(f"{len(samples)} pieces, {notes} notes in {seconds:.1f} s ({tokens / seconds:.0f} tokens/s): {output}")
+
+
+def _given(job: Job) -> int:
+    return 0 if job.request.given is None else len(job.request.given)
+
+
+def _num_notes(job: Job, sample: Sample) -> int:
+    return sample.score.num_notes if job.task is None else len(job.task.new_notes(sample))
+
+
+def describe(job: Job, sample: Sample) -> str:
+    """One line about a piece for people."""
+    if job.task is not None:
+        return f"{_num_notes(job, sample)} new notes in {job.task.cells} bars of parts"
+    names = ", ".join(instrument_name(i) for i in sample.score.instruments.tolist())
+    return f"{sample.score.num_bars} bars, {sample.score.num_notes} notes: {names}"
+
+
+# --- what the flags say -------------------------------------------------------------------------------------------
 
 
 def read_request(config: GenerateConfig) -> Request:
-    """The request of the flags; UserError names the flag that cannot be read."""
+    """The request of the flags for a piece from nothing; UserError names the flag that cannot be read."""
     meter = None
     if config.time_signature is not None:
         numerator, slash, denominator = config.time_signature.partition("/")
@@ -112,10 +212,60 @@ def read_request(config: GenerateConfig) -> Request:
     return Request(config.bars, meter, config.tempo, instruments)
 
 
-def describe(sample: Sample) -> str:
-    """One line about a piece for people."""
-    names = ", ".join(instrument_name(i) for i in sample.score.instruments.tolist())
-    return f"{sample.score.num_bars} bars, {sample.score.num_notes} notes: {names}"
+def read_sampling(config: GenerateConfig) -> Sampling:
+    """The sampling of the flags."""
+    by_family = {
+        Family.TIME: config.temperature_time,
+        Family.PITCH: config.temperature_pitch,
+        Family.DURATION: config.temperature_duration,
+        Family.VELOCITY: config.temperature_velocity,
+    }
+    by_family = {family: value for family, value in by_family.items() if value is not None}
+    return Sampling(config.temperature, config.top_k, config.top_p, config.min_p, by_family)
+
+
+def read_prompts(config: GenerateConfig) -> list[str]:
+    """Paths of the prompts, none for pieces from nothing; checks what can be checked without reading them."""
+    if config.rewrite is not None:
+        parse_rewrite(config.rewrite)
+    for word in config.add_instruments or []:
+        parse_instrument(word)
+    if config.prompt is not None:
+        return [config.prompt]
+    if config.prompts_file is None:
+        return []
+    given = f"--prompts_file {config.prompts_file}"
+    try:
+        text = Path(config.prompts_file).read_bytes()
+    except OSError as error:
+        raise UserError(f"{given}: {error.strerror}; give a text file, one path a line") from None
+    if b"\0" in text:
+        raise UserError(f"{given}: is no text file; give one with a path a line, or one MIDI file as --prompt")
+    lines = [os.fsdecode(line.strip()) for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise UserError(f"{given}: is empty; write the path of a MIDI file on each line")
+    return lines
+
+
+def plan(config: GenerateConfig, prompt: Prompt, max_length: int) -> Task:
+    """The task of the flags on one prompt."""
+    if config.continue_bars is not None:
+        return continuation(prompt, config.continue_bars, max_length, config.prompt_bars)
+    if config.rewrite is not None:
+        return rewriting(prompt, find_cells(prompt, parse_rewrite(config.rewrite)), max_length)
+    instruments = [parse_instrument(word) for word in config.add_instruments or []]
+    return accompaniment(prompt, instruments, max_length, config.prompt_bars)
+
+
+def _names(config: GenerateConfig, paths: list[str]) -> list[list[str]]:
+    """Names of the files of each prompt; prompts of one name are told apart by a number."""
+    seen: Counter = Counter()
+    heads = []
+    for path in paths:
+        stem = Path(path).stem
+        seen[stem] += 1
+        heads.append(f"{stem}_" if seen[stem] == 1 else f"{stem}_{seen[stem]}_")
+    return [[f"{head}seed{config.seed}_{i:03d}" for i in range(config.num_samples)] for head in heads or [""]]
 
 
 def _earlier_runs(output: Path) -> list[dict]:

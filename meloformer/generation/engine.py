@@ -56,43 +56,48 @@ def generate(
     """
     sampling = sampling or Sampling()
     max_length = max_length or model.max_seq_len
+    start = ConstrainedState(model.vocabulary, request, max_length)
+    prompt = np.array(start.forced_prefix())
+    # Every sample begins alike: what they share is read once, and each batch branches off it.
+    session = DecodingSession(model, 1, max_length, max_length // SEGMENT_LENGTH + 1)
+    row = make_row([prompt], model.vocabulary, len(prompt), max_segments=1 + len(prompt) // SEGMENT_LENGTH)
+    logits = session.prefill(stack_rows([row])).cpu().numpy()
+    tokenizer = Tokenizer(model.vocabulary)
     samples = []
     for first in range(0, num_samples, batch_size):
         indices = list(range(first, min(first + batch_size, num_samples)))
-        samples += _generate_batch(model, request, indices, sampling, seed, max_length, progress)
+        batch = session.branch([0] * len(indices))
+        streams = [start.branch() for _ in indices]
+        _write(batch, streams, logits.repeat(len(indices), axis=0), [(seed, i) for i in indices], sampling, progress)
+        for index, stream in zip(indices, streams):
+            tokens = np.array(stream.tokens, dtype=np.uint16)
+            samples.append(Sample(index, tokens, tokenizer.decode(tokens), stream.hit_limit))
     return samples
 
 
-def _generate_batch(
-    model: MeloFormer,
-    request: Request,
-    indices: list[int],
+def _write(
+    session: DecodingSession,
+    streams: list[ConstrainedState],
+    logits: np.ndarray,
+    seeds: list[tuple[int, int]],
     sampling: Sampling,
-    seed: int,
-    max_length: int,
     progress: Callable[[int, int], None] | None,
-) -> list[Sample]:
-    tokenizer = Tokenizer(model.vocabulary)
-    streams = [ConstrainedState(model.vocabulary, request, max_length) for _ in indices]
-    draws = [np.random.default_rng([seed, index]) for index in indices]
-    session = DecodingSession(model, len(indices), max_length, max_length // SEGMENT_LENGTH + 1)
-    prompts = [stream.forced_prefix() for stream in streams]
-    rows = [
-        make_row([np.array(p)], model.vocabulary, len(p), max_segments=1 + len(p) // SEGMENT_LENGTH) for p in prompts
-    ]
-    logits = session.prefill(stack_rows(rows)).cpu().numpy()
-
-    active = list(range(len(indices)))  # the streams that the session's rows belong to
+) -> None:
+    """Write every stream to its end; logits (B, V) of their next tokens."""
+    draws = [np.random.default_rng(seed) for seed in seeds]
+    vocabulary = streams[0].vocabulary
+    cell_openers, family_of = (vocabulary.BAR, vocabulary.FILL), vocabulary.family_of
+    active = list(range(len(streams)))  # the streams that the session's rows belong to
     while active:
         tokens, annotations, bars = [], [], 0
         for row, i in enumerate(active):
             try:
-                token = choose(logits[row], streams[i].allowed(), draws[i].random(), sampling)
+                token = choose(logits[row], streams[i].allowed(), draws[i].random(), sampling, family_of)
             except ValueError as error:
                 raise UserError(f"{error}: the checkpoint is damaged or diverged; take an earlier one") from None
             annotations.append(streams[i].push(token))
             tokens.append(token)
-            bars += int(token == model.vocabulary.BAR and streams[i].state.track >= 0)
+            bars += token in cell_openers and streams[i].state.track >= 0
         if progress:
             progress(len(tokens), bars)
         going_on = [row for row, i in enumerate(active) if not streams[i].is_finished]
@@ -103,9 +108,3 @@ def _generate_batch(
             annotations = [annotations[row] for row in going_on]
         if active:
             logits = session.step(np.array(tokens), Annotations(*np.array(annotations).T)).cpu().numpy()
-
-    samples = []
-    for index, stream in zip(indices, streams):
-        written = np.array(stream.tokens, dtype=np.uint16)
-        samples.append(Sample(index, written, tokenizer.decode(written), stream.hit_limit))
-    return samples

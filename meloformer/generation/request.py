@@ -9,12 +9,16 @@ sampled under it is a valid stream that honours the request.
 >>> " ".join(state.vocabulary.name(token) for token in forced)
 'BOS PIECE_BEGIN CONDUCTOR BAR METER_3/4 TEMPO_90 BAR INSTRUMENT_33 BAR'
 
+With `given`, the beginning of a stream, the rest is written behind it: `instruments` are new parts then, and every
+MASK of the given tracks gets its FILL, which may stay empty.
+
 The surprise: requested instruments are written in the encoder's order as far as it is known before a note is: drums,
 then basses, then the others as they were given.
 """
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,18 +33,20 @@ TRACK_LENGTH = 6  # INSTRUMENT BAR T P L V: the shortest a part can be
 _HEAD_LENGTH = 7  # BOS PIECE_BEGIN CONDUCTOR BAR METER TEMPO ... EOS
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Request:
     """What the piece must be; None leaves it to the model.
 
     bars: of the piece; meter (numerator, denominator) and tempo (BPM): from its beginning to its end; instruments:
-    the parts, 0..127 or DRUMS, repeats allowed.
+    the parts, 0..127 or DRUMS, repeats allowed. given: (T,) tokens, the head of a stream up to the end of a track;
+    then nothing but `instruments` is asked for, the parts to write behind it (None: no part).
     """
 
     bars: int | None = None
     meter: tuple[int, int] | None = None
     tempo: int | None = None
     instruments: list[int] | None = None
+    given: np.ndarray | None = None
 
     def validate(self, vocabulary: Vocabulary) -> None:
         """UserError where no stream can honour it."""
@@ -58,17 +64,19 @@ class Request:
                 raise UserError(f"instrument {instrument} does not exist: 0..127 are programs, {DRUMS} is drums")
         if self.instruments is not None and not self.instruments:
             raise UserError("instruments is empty: name at least one, or leave it out")
+        if self.given is not None and (self.bars or self.meter or self.tempo):
+            raise UserError("bars, meter and tempo are those of the given music: leave them out")
 
     def ordered_instruments(self) -> list[int] | None:
         """Drums, then basses, then the others as given."""
         if self.instruments is None:
-            return None
+            return None if self.given is None else []
         rank = {i: 0 if i == DRUMS else 1 if i in BASS_PROGRAMS else 2 for i in self.instruments}
         return sorted(self.instruments, key=rank.__getitem__)
 
 
 class ConstrainedState:
-    """A stream from nothing under a request; see the module's docstring.
+    """A stream under a request; see the module's docstring.
 
     max_length counts all tokens, EOS too. Where the limit comes near, only tokens remain that leave room to close the
     piece properly; `hit_limit` tells that it did.
@@ -85,12 +93,37 @@ class ConstrainedState:
         self._never = np.zeros(vocabulary.size, dtype=bool)
         self._never[vocabulary.start(Family.PIECE_BEGIN) :] = True
         self._never[vocabulary.MASK] = True
-        needed = _HEAD_LENGTH + (request.bars or 1) + TRACK_LENGTH * len(self.instruments or [0])
-        if max_length < needed:
+        self._closers = np.zeros(vocabulary.size, dtype=bool)
+        self._closers[vocabulary.ids(Family.INSTRUMENT)] = True
+        self._closers[[vocabulary.FILL, vocabulary.EOS]] = True
+        self.given_tracks = 0
+        if request.given is not None:
+            for token in request.given.tolist():
+                self.state.push(token)
+            self.tokens = request.given.tolist()
+            self.given_tracks = len(self.state.instruments)
+            if not self.instruments and not self.state.masks:
+                raise UserError("nothing is asked for: no bar of the given music is masked, and no part is to be added")
+        self._check_room()
+
+    def _check_room(self) -> None:
+        parts, bars = len(self.instruments or [0] * (self.request.given is None)), self.request.bars or 1
+        if self.request.given is None:
+            needed, what = _HEAD_LENGTH + bars, f"{bars} bars of {parts} instruments"
+        else:
+            fills = len(self.state.masks)
+            needed, what = len(self.tokens) + fills + 1, f"the given music, {fills} bars in it and {parts} new parts"
+        needed += TRACK_LENGTH * parts
+        if self.max_length < needed:
             raise UserError(
-                f"max_length is {max_length}, and {request.bars or 1} bars of {len(self.instruments or [0])} "
-                f"instruments need at least {needed} tokens: raise it or ask for less"
+                f"max_length is {self.max_length}, and {what} need at least {needed} tokens: raise it or ask for less"
             )
+
+    def branch(self) -> ConstrainedState:
+        """A copy that goes its own way from here."""
+        twin = copy.copy(self)
+        twin.tokens, twin.state = list(self.tokens), copy.deepcopy(self.state, {id(self.vocabulary): self.vocabulary})
+        return twin
 
     @property
     def is_finished(self) -> bool:
@@ -103,15 +136,13 @@ class ConstrainedState:
         return annotation
 
     def forced_prefix(self) -> list[int]:
-        """Take every token that leaves no choice, and return them."""
-        taken = []
+        """Take every token that leaves no choice; all tokens so far, what was given included."""
         while not self.is_finished:
             choices = np.flatnonzero(self.allowed())
             if len(choices) > 1:
                 break
-            taken.append(int(choices[0]))
-            self.push(taken[-1])
-        return taken
+            self.push(int(choices[0]))
+        return list(self.tokens)
 
     def allowed(self) -> np.ndarray:
         """(V,) bool, never empty before the stream is finished."""
@@ -120,7 +151,9 @@ class ConstrainedState:
             return self._only(v.PIECE_BEGIN)
         mask = state.allowed(masks=False)
         mask &= ~self._never
-        if state.region == Region.CONDUCTOR:
+        if self.request.given is not None and len(state.instruments) == self.given_tracks and not state.fills:
+            mask &= self._closers  # what was given is not gone on with
+        elif state.region == Region.CONDUCTOR:
             self._constrain_conductor(mask)
         self._constrain_tracks(mask)
         self._constrain_length(mask)
@@ -151,18 +184,19 @@ class ConstrainedState:
     def _constrain_tracks(self, mask: np.ndarray) -> None:
         if self.instruments is None:
             return
-        v, written = self.vocabulary, len(self.state.instruments)
+        v, written = self.vocabulary, len(self.state.instruments) - self.given_tracks
         ids = v.ids(Family.INSTRUMENT)
         if mask[ids].any():
             mask[ids] = False
             if written < len(self.instruments):
                 mask[v.instrument(self.instruments[written])] = True
-        mask[v.EOS] &= written == len(self.instruments)
+        mask[[v.EOS, v.FILL]] &= written == len(self.instruments)
 
     def _constrain_length(self, mask: np.ndarray) -> None:
         """Where what is owed fills the rest, only steps that shorten it stay."""
         state = self.state
-        parts_owed = len(self.instruments) - len(state.instruments) if self.instruments is not None else 0
+        written = len(state.instruments) - self.given_tracks
+        parts_owed = len(self.instruments) - written if self.instruments is not None else 0
         if self.instruments is None and not state.instruments:
             parts_owed = 1
         bars_owed = max((self.request.bars or 1) - state.num_bars, 0)
@@ -181,8 +215,8 @@ class ConstrainedState:
         v, state = self.vocabulary, self.state
         if state.region == Region.CONDUCTOR and state.tempo >= 0:
             families = (Family.BAR,) if not mask[v.ids(Family.INSTRUMENT)].any() else (Family.INSTRUMENT,)
-        elif state.region == Region.TRACK and state.family == Family.VELOCITY:
-            families = (Family.EOS,) if mask[v.EOS] else (Family.INSTRUMENT,)
+        elif state.region in (Region.TRACK, Region.FILL) and state.is_between_notes():
+            families = (Family.EOS, Family.FILL) if mask[v.EOS] or mask[v.FILL] else (Family.INSTRUMENT,)
         elif state.region == Region.TRACK and state.family == Family.BAR:
             families = (Family.TIME,)
         else:

@@ -9,40 +9,56 @@ the sample's own stream, so nothing of a sample depends on its batch-mates.
 >>> choose(logits, np.array([False, False, True, True]), 0.9, Sampling(temperature=0))
 2
 
+`by_family` gives families of tokens a temperature of their own: which family comes next is drawn at `temperature`,
+which of its tokens at the family's.
+
 The surprise: filters see the distribution that is left after the grammar has spoken, in the order temperature, top-k,
 top-p (Holtzman et al. 2020, arXiv 1904.09751, section 3.1), min-p (Nguyen et al. 2024, arXiv 2407.01082, section 3).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 takes the likeliest token; top_k 0, top_p 1 and min_p 0 are off."""
+    """temperature 0 takes the likeliest token; top_k 0, top_p 1 and min_p 0 are off; by_family is {family: its own
+    temperature}.
+    """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 0.98
     min_p: float = 0.0
+    by_family: Mapping[int, float] = field(default_factory=dict)
 
 
-def choose(logits: np.ndarray, allowed: np.ndarray, uniform: float, sampling: Sampling) -> int:
-    """One allowed token of (V,) logits; ValueError where the logits of the allowed tokens are not finite."""
+def choose(
+    logits: np.ndarray,
+    allowed: np.ndarray,
+    uniform: float,
+    sampling: Sampling,
+    family_of: np.ndarray | None = None,
+) -> int:
+    """One allowed token of (V,) logits; ValueError where the logits of the allowed tokens are not finite.
+
+    family_of: (V,), the vocabulary's; read where the sampling has temperatures by family.
+    """
     choices = np.flatnonzero(allowed)
     if len(choices) == 1:
         return int(choices[0])
     scores = logits[choices].astype(np.float64)
     if not np.isfinite(scores).all():
         raise ValueError("the model's logits are not finite")
-    if sampling.temperature == 0:
-        return int(choices[scores.argmax()])
+    scores = _tempered(scores, sampling, None if family_of is None else family_of[choices])
     order = np.argsort(-scores, kind="stable")
-    scores = (scores[order] - scores[order[0]]) / sampling.temperature
-    probabilities = np.exp(scores)
+    if sampling.temperature == 0 and not sampling.by_family:
+        return int(choices[order[0]])
+    probabilities = np.exp(scores[order] - scores[order[0]])
     if sampling.top_k:
         probabilities = probabilities[: sampling.top_k]
     probabilities /= probabilities.sum()
@@ -54,3 +70,31 @@ def choose(logits: np.ndarray, allowed: np.ndarray, uniform: float, sampling: Sa
     cumulative = np.cumsum(probabilities)
     index = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
     return int(choices[order[min(index, len(probabilities) - 1)]])
+
+
+def _tempered(scores: np.ndarray, sampling: Sampling, families: np.ndarray | None) -> np.ndarray:
+    """(n,) logarithms, up to a constant, of what the temperatures make of logits; at temperature 0 only the best."""
+    tempered = _at(scores, sampling.temperature)
+    if not sampling.by_family:
+        return tempered
+    for family in np.unique(families).tolist():
+        here = families == family
+        own = sampling.by_family.get(family, sampling.temperature)
+        if own != sampling.temperature:
+            tempered[here] = _total(tempered[here]) + _at(scores[here], own) - _total(_at(scores[here], own))
+    return tempered
+
+
+def _at(scores: np.ndarray, temperature: float) -> np.ndarray:
+    best = scores.max()
+    if temperature == 0:
+        kept = np.full(len(scores), -np.inf)
+        kept[scores.argmax()] = 0.0
+        return kept
+    return (scores - best) / temperature
+
+
+def _total(scores: np.ndarray) -> float:
+    """log of the sum of exponentials."""
+    best = scores.max()
+    return float(best + np.log(np.exp(scores - best).sum())) if np.isfinite(best) else -np.inf

@@ -88,6 +88,18 @@ def reorder_tracks(score: Score, order: np.ndarray) -> Score:
     return replace(score, tracks=[score.tracks[i] for i in order], notes=notes, controls=sorted(controls))
 
 
+def note_rows(tokens: np.ndarray, a: Annotations, vocabulary: Vocabulary) -> np.ndarray:
+    """Note table, in the order of the stream, of (T,) tokens that begin and end between notes, in ticks of the grid."""
+    value = vocabulary.value_of[tokens]
+    pitch_at = np.flatnonzero(a.type == Family.PITCH)
+    notes = np.empty(len(pitch_at), dtype=NOTE_DTYPE)
+    notes["track"], notes["onset"], notes["pitch"] = a.track[pitch_at], a.time[pitch_at], value[pitch_at]
+    notes["duration"] = vocabulary.durations[value[pitch_at + 1]]
+    width = 128 // NUM_VELOCITIES
+    notes["velocity"] = value[pitch_at + 2] * width + width // 2
+    return notes
+
+
 class Tokenizer:
     """Encodes, decodes, annotates and defers over one vocabulary."""
 
@@ -185,12 +197,6 @@ class Tokenizer:
         tokens = undefer(np.asarray(tokens), v)
         a = annotate(tokens, v)
         value, kind = v.value_of[tokens], a.type
-        pitch_at = np.flatnonzero(kind == Family.PITCH)
-        notes = np.empty(len(pitch_at), dtype=NOTE_DTYPE)
-        notes["track"], notes["onset"], notes["pitch"] = a.track[pitch_at], a.time[pitch_at], value[pitch_at]
-        notes["duration"] = v.durations[value[pitch_at + 1]]
-        width = 128 // NUM_VELOCITIES
-        notes["velocity"] = value[pitch_at + 2] * width + width // 2
         meter_at, tempo_at = np.flatnonzero(kind == Family.METER), np.flatnonzero(kind == Family.TEMPO)
         return Score(
             ticks_per_quarter=v.resolution,
@@ -198,7 +204,7 @@ class Tokenizer:
                 Track(program=0, is_drum=True) if i == DRUMS else Track(program=int(i))
                 for i in value[kind == Family.INSTRUMENT]
             ],
-            notes=notes,
+            notes=note_rows(tokens, a, v),
             meters=np.array([(a.time[i], *v.meters[value[i]]) for i in meter_at], dtype=METER_DTYPE),
             tempos=np.array([(a.time[i], value[i] + MIN_BPM) for i in tempo_at], dtype=TEMPO_DTYPE),
             num_bars=int(((kind == Family.BAR) & (a.track < 0)).sum()),

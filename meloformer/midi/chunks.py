@@ -18,10 +18,14 @@ from __future__ import annotations
 
 import struct
 from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from meloformer.midi.score import MidiError
 
+MAX_DELTA = 2**28 - 1  # ticks between two events: four bytes of seven bits
 RESAVE = "open it in a sequencer and save it as a Standard MIDI File"
 # What a file that is no MIDI begins with: (offset, bytes, what it is, what to do)
 DISGUISES = (
@@ -34,8 +38,32 @@ DISGUISES = (
 )
 
 
+class Chunks(NamedTuple):
+    """A file as it is: `kind` 0 or 1, ticks a quarter note, its MTrk chunks, headers included, and counts."""
+
+    kind: int
+    ticks_per_quarter: int
+    tracks: list[bytes]
+    counts: Counter
+
+
 def tidy(path: str | Path) -> tuple[bytes, Counter]:
     """The file with its MTrk chunks alone and their true number in the header, and counts; MidiError if not MIDI."""
+    kind, ticks_per_quarter, tracks, counts = split(path)
+    programs = shared_programs(tracks)
+    prefix = b"".join(bytes((0, 0xC0 | channel, program)) for channel, program in sorted(programs.items()))
+    if prefix:
+        tracks = [b"MTrk" + struct.pack(">I", len(prefix) + len(track) - 8) + prefix + track[8:] for track in tracks]
+    return b"".join([header(kind, len(tracks), ticks_per_quarter), *tracks]), counts
+
+
+def header(kind: int, num_tracks: int, ticks_per_quarter: int) -> bytes:
+    """The MThd chunk."""
+    return b"MThd" + struct.pack(">IHHH", 6, kind, num_tracks, ticks_per_quarter)
+
+
+def split(path: str | Path) -> Chunks:
+    """The chunks of a file; MidiError, saying what it is instead, if it is not MIDI."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -73,8 +101,7 @@ def tidy(path: str | Path) -> tuple[bytes, Counter]:
     if not tracks:
         raise MidiError(f"{path}: a header and no tracks (it states {stated_tracks}); fetch the file again")
     counts = +Counter(skipped_chunks=skipped, leftover_tracks=data.count(b"MTrk", at))
-    header = b"MThd" + struct.pack(">IHHH", 6, min(kind, 1) if len(tracks) == 1 else 1, len(tracks), division)
-    return header + b"".join(_with_shared_programs(tracks)), counts
+    return Chunks(kind if len(tracks) == 1 else 1, division, tracks, counts)
 
 
 def _what_it_is(data: bytes) -> str:
@@ -94,25 +121,38 @@ def _what_it_is(data: bytes) -> str:
     return "not a MIDI file (no MThd at its start); remove it from the folder"
 
 
-def _with_shared_programs(tracks: list[bytes]) -> list[bytes]:
-    """The tracks, each beginning with the program that any of them states first for a channel.
+def shared_programs(tracks: list[bytes]) -> dict[int, int]:
+    """{channel: program} that holds in every track from its beginning: what any of them states first for a channel.
 
     A track's own program changes come after and win. Only what stands before a track's first note counts: later
-    changes are followed inside their own track alone.
+    changes are followed inside their own track alone. Empty for a single track, and where all are pianos.
     """
     stated = sorted((event for track in tracks for event in _opening_programs(track)), key=lambda event: event[0])
     programs: dict[int, int] = {}
     for _, channel, program in stated:
         programs.setdefault(channel, program)
-    if len(tracks) < 2 or not any(programs.values()):
-        return tracks
-    prefix = b"".join(bytes((0, 0xC0 | channel, program)) for channel, program in sorted(programs.items()))
-    return [b"MTrk" + struct.pack(">I", len(prefix) + len(track) - 8) + prefix + track[8:] for track in tracks]
+    return programs if len(tracks) > 1 and any(programs.values()) else {}
 
 
 def _opening_programs(track: bytes) -> list[tuple[int, int, int]]:
     """(tick, channel, program) of the program changes before the first note of an MTrk chunk; stops at damage."""
     found: list[tuple[int, int, int]] = []
+    with suppress(MidiError):  # cut inside an event: the readers will say so
+        for tick, event in events(track):
+            if event[0] >> 4 == 0xC and event[1] < 128:
+                found.append((tick, event[0] & 15, event[1]))
+            if event[0] >> 4 == 0x9 and event[2]:
+                break
+    return found
+
+
+def events(track: bytes) -> Iterator[tuple[int, bytes]]:
+    """(tick, event) of an MTrk chunk in order, each event with its status byte; MidiError where it is damaged.
+
+    >>> track = bytes((0, 0x90, 60, 90, 24, 60, 0, 0, 0xFF, 0x2F, 0))        # the second note-on has a running status
+    >>> [(tick, event.hex(" ")) for tick, event in events(b"MTrk" + struct.pack(">I", len(track)) + track)]
+    [(0, '90 3c 5a'), (24, '90 3c 00'), (24, 'ff 2f 00')]
+    """
     at, tick, running = 8, 0, 0
     try:
         while at < len(track):
@@ -120,22 +160,34 @@ def _opening_programs(track: bytes) -> list[tuple[int, int, int]]:
             tick += delta
             status = track[at] if track[at] >= 0x80 else running
             at += track[at] >= 0x80
+            start = at
             if status in (0xFF, 0xF0, 0xF7):  # a meta event has a type byte before its length, a sysex has not
                 length, at = _variable_length(track, at + (status == 0xFF))
                 at += length
-                continue
-            running = status
-            kind = status >> 4
-            if kind == 0xC and track[at] < 128:
-                found.append((tick, status & 15, track[at]))
-            if kind == 0x9 and track[at + 1]:
-                break
-            if not 0x8 <= kind <= 0xE:
-                break
-            at += 1 if kind in (0xC, 0xD) else 2
+            elif 0x80 <= status < 0xF0:
+                running = status
+                at += 1 if status >> 4 in (0xC, 0xD) else 2
+            else:
+                raise MidiError(f"damaged MIDI (a status byte {status:#04x} at tick {tick}); {RESAVE}")
+            if at > len(track):
+                raise IndexError
+            yield tick, bytes((status,)) + track[start:at]
     except IndexError:
-        pass  # cut inside an event: the readers will say so
-    return found
+        raise MidiError(f"damaged MIDI (a track ends inside an event, at tick {tick}); {RESAVE}") from None
+
+
+def track_chunk(events: Iterable[tuple[int, bytes]]) -> bytes:
+    """The inverse of `events`, every status byte written out; MidiError for a silence that MIDI cannot hold."""
+    out, now = bytearray(), 0
+    for tick, event in events:
+        if tick - now > MAX_DELTA:
+            raise MidiError(f"a silence of {tick - now} ticks, MIDI holds {MAX_DELTA}")
+        delta, now = tick - now, tick
+        groups = [delta & 0x7F]
+        while delta := delta >> 7:
+            groups.append(delta & 0x7F | 0x80)
+        out += bytes(reversed(groups)) + event
+    return b"MTrk" + struct.pack(">I", len(out)) + bytes(out)
 
 
 def _variable_length(data: bytes, at: int) -> tuple[int, int]:

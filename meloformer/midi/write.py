@@ -31,13 +31,13 @@ import mido
 import numpy as np
 
 from meloformer.files import write_atomic
+from meloformer.midi.chunks import MAX_DELTA
 from meloformer.midi.general_midi import FAMILY_SIZE
 from meloformer.midi.score import MidiError, Score
 
 DRUM_CHANNEL = 9  # counted from 0
 MELODIC_CHANNELS = [channel for channel in range(16) if channel != DRUM_CHANNEL]
 
-MAX_DELTA = 2**28 - 1  # four bytes of seven bits
 MAX_TICKS_PER_QUARTER = 2**15 - 1
 SLOWEST, FASTEST = 2**24 - 1, 1  # microseconds a quarter, in three bytes
 
@@ -52,7 +52,7 @@ def write_midi(score: Score, path: str | Path) -> Counter:
     file = mido.MidiFile(type=1, ticks_per_beat=score.ticks_per_quarter, charset="utf-8")
     file.tracks.append(_conductor(score, path))
     channels = _assign_channels(score, counts)
-    notes = _resolve_overlaps(score.notes, counts)
+    notes = resolve_overlaps(score.notes, counts)
     starts = np.searchsorted(notes["track"], np.arange(len(score.tracks) + 1))
     for i, (track, (channel, program)) in enumerate(zip(score.tracks, channels)):
         file.tracks.append(_track(track.name, channel, program, notes[starts[i] : starts[i + 1]], path))
@@ -98,18 +98,18 @@ def _assign_channels(score: Score, counts: Counter) -> list[tuple[int, int]]:
             continue
         program = track.program
         if program not in channel_of:
-            program = min(channel_of, key=lambda other: _distance(other, track.program))
+            program = min(channel_of, key=lambda other: family_distance(other, track.program))
             counts["channel_shared"] += 1
         assigned.append((channel_of[program], program))
     return assigned
 
 
-def _distance(a: int, b: int) -> tuple[int, int]:
+def family_distance(a: int, b: int) -> tuple[int, int]:
     """Nearest family first, then nearest number."""
     return abs(a // FAMILY_SIZE - b // FAMILY_SIZE), abs(a - b)
 
 
-def _resolve_overlaps(notes: np.ndarray, counts: Counter) -> np.ndarray:
+def resolve_overlaps(notes: np.ndarray, counts: Counter) -> np.ndarray:
     """A copy in which no two notes of one track and pitch sound together, sorted by track."""
     notes = notes[np.lexsort((notes["duration"], notes["onset"], notes["pitch"], notes["track"]))]
     notes["duration"] = np.maximum(notes["duration"], 1)

@@ -20,6 +20,7 @@ see it: each slot keeps the fields of the rule, and a CPU copies together and re
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -30,6 +31,8 @@ from meloformer.hid import Annotations, Family
 from meloformer.model.attention import Visibility, attend
 from meloformer.model.masks import SUMMARY, Fields, joint_fields, kinds, row_mask
 from meloformer.model.transformer import MeloFormer
+
+PREFILL_CHUNK = 1024  # tokens of a prompt that are read at once
 
 _CLOSING = np.zeros(len(Family), dtype=bool)
 _CLOSING[[Family.BAR, Family.FILL, Family.INSTRUMENT, Family.EOS]] = True
@@ -106,29 +109,67 @@ class DecodingSession:
 
     @torch.inference_mode()
     def prefill(self, batch: Mapping[str, np.ndarray]) -> Tensor:
-        """Read prompts, rows (B, N) of one document each, into an empty session; logits (B, V) behind each."""
-        lengths = (np.asarray(batch["document"]) == 0).sum(axis=1)
-        if len(lengths) != self.batch_size or self.used.any() or not lengths.all() or np.max(batch["document"]) > 0:
+        """Read prompts, rows (B, N) of one document each, into an empty session; logits (B, V) behind each.
+
+        PREFILL_CHUNK tokens at a time: memory for pairs grows with the prompt's length, not with its square.
+        """
+        rows = {name: np.asarray(values) for name, values in batch.items()}
+        lengths = (rows["document"] == 0).sum(axis=1)
+        if len(lengths) != self.batch_size or self.used.any() or not lengths.all() or rows["document"].max() > 0:
             raise ValueError("prefill needs an empty session and for each stream a row with one document")
-        rows, last = np.arange(len(lengths)), lengths - 1
+        each, last = np.arange(len(lengths)), lengths - 1
         # The segment that a prompt ends in is not closed: the next token may still belong to it.
-        unfinished = np.asarray(batch["segment"])[rows, last]
-        closed = np.array(batch["segment_document"])
-        closed[rows[unfinished >= 0], unfinished[unfinished >= 0]] = -1
-        batch = {**batch, "segment_document": closed}
-        fields = torch.stack(joint_fields(batch, self.rule.summaries)).to(self.cache.device)
-        at, slots = self._write_fields(fields, (fields[0] >= 0).cpu().numpy())
-        inputs = self.model.prepare(batch)
-        visibility = Visibility(inputs.mask, self.model.compute_dtype())
+        unfinished = rows["segment"][each, last]
+        closed = rows["segment_document"].copy()
+        closed[each[unfinished >= 0], unfinished[unfinished >= 0]] = -1
+        rows["segment_document"] = closed
+        out = None
+        for start in range(0, int(lengths.max()), PREFILL_CHUNK):
+            hidden = self._read_chunk(rows, start, start + PREFILL_CHUNK)
+            out = torch.empty_like(hidden[:, 0]) if out is None else out
+            here = np.flatnonzero((start <= last) & (last < start + PREFILL_CHUNK))
+            out[torch.from_numpy(here)] = hidden[torch.from_numpy(here), torch.from_numpy(last[here] - start)]
+        self._follow_all(rows, lengths)
+        return self.model.head(out).float()
 
-        def attend_and_keep(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self.cache[i, :, at, slots] = torch.stack([k, v]).to(self.cache.dtype)
-            return attend(q, k, v, visibility)
+    def _read_chunk(self, rows: Mapping[str, np.ndarray], start: int, stop: int) -> Tensor:
+        """The tokens [start, stop) of rows, and the summaries of the segments that end there -> hidden (B, n, d)."""
+        ends_here = (rows["segment_document"] >= 0) & (rows["segment_end"] >= start) & (rows["segment_end"] < stop)
+        first = np.argsort(~ends_here, axis=1, kind="stable")[:, : int(ends_here.sum(axis=1).max(initial=0))]
+        chunk = {name: values[:, start:stop] for name, values in rows.items() if not name.startswith("segment_")}
+        for name in [name for name in rows if name.startswith("segment_")]:
+            chunk[name] = np.take_along_axis(rows[name], first, axis=1)
+        chunk["segment_document"] = np.where(np.take_along_axis(ends_here, first, axis=1), 0, -1).astype(np.int32)
+        query = Fields(*torch.stack(joint_fields(chunk, self.rule.summaries)).to(self.cache.device))
+        places = self._write_fields(torch.stack(query), (query.document >= 0).cpu().numpy())
+        length = int(self.used.max())
+        visibility = Visibility(row_mask(self.rule, query, Fields(*self.fields[:, :, :length])), self.cache.dtype)
 
-        hidden = self.model.run_layers(*self.model.joint(inputs), attend_and_keep)
-        for t in range(int(lengths.max())):
-            self._follow(Annotations(*(np.asarray(batch[name])[:, t] for name in Annotations._fields)), t < lengths)
-        return self.model.head(hidden[torch.from_numpy(rows), torch.from_numpy(last)]).float()
+        def attend_cached(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            self.cache[i, :, places[0], places[1]] = torch.stack([k, v]).to(self.cache.dtype)
+            return attend(q, *self.cache[i, :, :, :length], visibility)
+
+        device = {name: torch.from_numpy(values).to(self.cache.device) for name, values in chunk.items()}
+        x = self.model.embed(device["tokens"], device["instrument"], device["ordinal"])
+        m, time = 0, device["time"]
+        if self.rule.summaries and first.shape[1]:
+            m, time = first.shape[1], torch.cat([device["segment_time"], time], dim=1)
+            summaries = self.model.embed(None, device["segment_instrument"], device["segment_ordinal"])
+            x = torch.cat([summaries, x], dim=1)
+        return self.model.run_layers(x, m, query.position, time, attend_cached)
+
+    def _follow_all(self, rows: Mapping[str, np.ndarray], lengths: np.ndarray) -> None:
+        """`_follow` for every token of the rows at once: only what comes after the last closing token counts."""
+        for row, length in enumerate(lengths.tolist()):
+            a = Annotations(*(rows[name][row, :length] for name in Annotations._fields))
+            closing = np.flatnonzero(_CLOSING[a.type])
+            self.length[row] = length
+            if not len(closing):
+                continue
+            at = int(closing[-1])
+            if a.track[at] >= 0 and a.type[at] in (Family.BAR, Family.FILL):
+                self.cell[row] = at, a.bar[at], a.instrument[at], a.ordinal[at], a.time[at]
+                self.sounding[row] = (a.type[at:] == Family.TIME).any()
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these streams only, in this order; a row may be named twice, to branch."""
@@ -137,6 +178,12 @@ class DecodingSession:
         self.cache, self.fields = self.cache.index_select(2, index), self.fields.index_select(1, index)
         for name in ("used", "length", "cell", "sounding"):
             setattr(self, name, getattr(self, name)[rows])
+
+    def branch(self, rows: Sequence[int]) -> DecodingSession:
+        """A session that goes on with these streams, in this order; this one stays as it is."""
+        twin = copy.copy(self)  # nothing is shared for long: a session's state is replaced, or copied by `keep`
+        twin.keep(rows)
+        return twin
 
     # --- inside ---------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,9 +19,12 @@ from meloformer.generation import Request, Sampling, generate
 from meloformer.generation.command import read_request, run
 from meloformer.generation.request import ConstrainedState
 from meloformer.generation.sampling import choose
+from meloformer.generation.sound import Synthesizer
 from meloformer.hid import Tokenizer
+from meloformer.midi import read_score, write_midi
 from tests.hid.streams import VOCABULARY
 from tests.model.music import tiny_model
+from tests.training.small import small_score
 
 TOKENIZER = Tokenizer(VOCABULARY)
 
@@ -89,12 +93,12 @@ def test_a_sample_does_not_depend_on_its_batch_mates():
     model = tiny_model().double()
     request = Request(bars=2, instruments=[128, 33])
     pieces = {
-        size: [s.tokens.tolist() for s in generate(model, request, 5, seed=7, batch_size=size, max_length=160)]
-        for size in (1, 3, 5)
+        size: [s.tokens.tolist() for s in generate(model, request, 16, seed=7, batch_size=size, max_length=90)]
+        for size in (1, 3, 16)
     }
-    assert pieces[1] == pieces[3] == pieces[5]
-    assert len({tuple(p) for p in pieces[1]}) == 5
-    other = generate(model, request, 1, seed=8, max_length=160)[0].tokens.tolist()
+    assert pieces[1] == pieces[3] == pieces[16]
+    assert len({tuple(p) for p in pieces[1]}) == 16
+    other = generate(model, request, 1, seed=8, max_length=90)[0].tokens.tolist()
     assert other != pieces[1][0]
 
 
@@ -115,6 +119,20 @@ def test_sampling_follows_the_filtered_distribution():
     assert shares(Sampling(top_p=1.0), np.array([False, True, False, True])) == [0, 0.75, 0, 0.25]
     with pytest.raises(ValueError, match="finite"):
         choose(np.array([np.nan, 0.0]), np.ones(2, dtype=bool), 0.5, Sampling())
+
+
+def test_a_family_has_its_own_temperature_and_its_share_stays():
+    logits = np.log(np.array([0.4, 0.2, 0.3, 0.1]))
+    families, everything = np.array([0, 0, 1, 1]), np.ones(4, dtype=bool)
+
+    def shares(sampling: Sampling) -> list[float]:
+        draws = [choose(logits, everything, u, sampling, families) for u in (np.arange(2000) + 0.5) / 2000]
+        return [round(draws.count(i) / 2000, 2) for i in range(4)]
+
+    assert shares(Sampling(top_p=1.0, by_family={0: 1.0, 1: 1.0})) == [0.4, 0.2, 0.3, 0.1]
+    assert shares(Sampling(top_p=1.0, by_family={0: 0.5})) == [0.48, 0.12, 0.3, 0.1]
+    assert shares(Sampling(top_p=1.0, by_family={1: 0})) == [0.4, 0.2, 0.4, 0.0]
+    assert shares(Sampling(temperature=0, top_p=1.0, by_family={0: 1.0})) == [0.67, 0.33, 0, 0]
 
 
 @pytest.fixture
@@ -179,3 +197,70 @@ def test_instruments_come_in_the_order_of_the_encoder():
     request = read_request(flags)
     assert request.ordered_instruments() == [128, 33, 40, 0]
     assert request.meter == (6, 8)
+
+
+# --- prompts ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def song(tmp_path):
+    write_midi(small_score(1), tmp_path / "song.mid")
+    return tmp_path / "song.mid"
+
+
+def test_many_prompts_each_with_its_record(checkpoint, tmp_path, song, capsys):
+    (tmp_path / "again").mkdir()
+    write_midi(small_score(2), tmp_path / "again" / "song.mid")
+    (tmp_path / "list.txt").write_text(f"{song}\n\n{tmp_path / 'again' / 'song.mid'}\n")
+    settings = {"bars": None, "prompts_file": str(tmp_path / "list.txt"), "continue_bars": 1, "max_length": 700}
+    run(config(checkpoint, tmp_path, **settings, plot=True, prompt_bars=2))
+    out = tmp_path / "out"
+    assert sorted(p.stem for p in out.glob("*.mid")) == [
+        *("song_2_seed0_000", "song_2_seed0_001", "song_seed0_000", "song_seed0_001"),
+    ]
+    assert len(list(out.glob("*.png"))) == 4
+    runs = json.loads((out / "generation.json").read_text())["runs"]
+    assert [Path(r["prompt"]).parent.name for r in runs] == [tmp_path.name, "again"]
+    for record, source in zip(runs, (small_score(1), small_score(2))):
+        for sample in record["samples"]:
+            written = read_score(out / sample["file"]).num_notes
+            dropped = sample["changes"].get("held_dropped", 0) + sample["changes"].get("duplicate_dropped", 0)
+            assert written == source.num_notes + sample["notes"] - dropped
+    assert "new notes in" in capsys.readouterr().out
+
+
+def test_a_bad_prompt_in_the_list_stops_the_run_before_it_begins(checkpoint, tmp_path, song):
+    (tmp_path / "letter.mid").write_text("Dear Sir or Madam")
+    (tmp_path / "list.txt").write_text(f"{song}\n{tmp_path / 'letter.mid'}\n")
+    settings = {"bars": None, "continue_bars": 1, "max_length": 700}
+    with pytest.raises(UserError, match=r"letter.mid"):
+        run(config(checkpoint, tmp_path, **settings, prompts_file=str(tmp_path / "list.txt")))
+    with pytest.raises(UserError, match=r"song.mid: is no text file"):
+        run(config(checkpoint, tmp_path, **settings, prompts_file=str(song)))
+    with pytest.raises(UserError, match=r"nowhere: No such file"):
+        run(config(checkpoint, tmp_path, **settings, prompts_file="nowhere"))
+    assert not (tmp_path / "out").exists()
+
+
+# --- sound --------------------------------------------------------------------------------------------------------
+
+
+def test_sound_is_whole_or_absent_and_what_is_missing_is_named(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="apt-get install fluidsynth"):
+        run(config(checkpoint, tmp_path, wav=True))
+    assert not (tmp_path / "out").exists()
+    program, font, midi = tmp_path / "fluidsynth", tmp_path / "a.sf2", tmp_path / "a.mid"
+    program.write_text(
+        '#!/bin/sh\nfor last; do :; done\n[ -s "$last" ] || { echo no music >&2; exit 1; }\n: > "${8}"\n'
+    )
+    program.chmod(0o755)
+    with pytest.raises(UserError, match=r"a.sf2: no such file"):
+        Synthesizer(font)
+    font.touch()
+    midi.touch()
+    with pytest.raises(UserError, match=r"a.mid: FluidSynth made no sound of it \(no music\)"):
+        Synthesizer(font).render(midi, tmp_path / "a.wav")
+    midi.write_text("music")
+    Synthesizer(font).render(midi, tmp_path / "a.wav")
+    assert sorted(path.name for path in tmp_path.glob("*a.*")) == ["a.mid", "a.sf2", "a.wav"]

@@ -11,8 +11,8 @@ import pytest
 import symusic
 
 from meloformer.midi import MidiError, Score, Track, note_table, read_score, write_midi
+from meloformer.midi.chunks import MAX_DELTA
 from meloformer.midi.read import read_with_miditoolkit, read_with_symusic
-from meloformer.midi.write import MAX_DELTA
 from tests.midi.real_files import readable_sample
 
 READERS = [read_with_symusic, read_with_miditoolkit]

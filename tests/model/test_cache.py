@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from meloformer.hid import Annotations, Tokenizer
-from meloformer.model import DecodingSession
+from meloformer.model import DecodingSession, cache
 from tests.hid.streams import VOCABULARY, random_stream
 from tests.model.music import batch_of, real_streams, rich_stream, tiny_model, with_deferred_bars
 
@@ -72,6 +72,27 @@ def test_prompts_that_end_anywhere():
         feeder = Feeder(tiny_model(), streams)
         feeder.prefill([int(rng.integers(1, len(s))) for s in streams])
         feeder.run(rng)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 50])
+def test_prompts_are_read_in_chunks(monkeypatch, chunk):
+    """A segment may begin in one chunk and end in another; its summary belongs to the one where it ends."""
+    monkeypatch.setattr(cache, "PREFILL_CHUNK", chunk)
+    streams = [rich_stream(seed, 120) for seed in (1, 3, 4)]
+    feeder = Feeder(tiny_model(), streams)
+    feeder.prefill([len(s) - 20 - i for i, s in enumerate(streams)])
+    feeder.run(np.random.default_rng(0))
+
+
+def test_a_branch_leaves_its_session_as_it_was():
+    streams = [rich_stream(3, 120)]
+    feeder = Feeder(tiny_model(), streams, room=40)
+    feeder.prefill([60])
+    root = feeder.session
+    for _ in range(2):
+        feeder.session, feeder.rows = root.branch([0, 0]), [0, 0]
+        feeder.run(np.random.default_rng(0), idle=0)
+    assert root.length.tolist() == [60]
 
 
 def test_on_real_pieces_and_their_deferred_bars(real_midi):

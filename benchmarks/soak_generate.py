@@ -1,0 +1,186 @@
+"""Many samples of all tasks at random settings: each a valid stream that opens twice and honours its request.
+
+    python benchmarks/soak_generate.py --samples 1000 --midi ../shared/midi --checkpoint runs/demo --output soak.json
+
+Without --checkpoint the model is small and untrained, which tries everything. Checked of each sample: the grammar; the
+length; what was asked for; both readers open the file and agree; and after a prompt, that no note outside the written
+cells changed. The first that fails stops the run, with the settings that made it; they are a function of --seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import symusic
+import torch
+from miditoolkit import MidiFile
+
+from meloformer.config import ModelConfig
+from meloformer.errors import UserError
+from meloformer.generation import Request, Sample, Sampling, generate
+from meloformer.generation.prompt import Prompt, Task, accompaniment, continuation, rewriting
+from meloformer.hid import Family, Tokenizer, Vocabulary
+from meloformer.midi import read_score, write_midi
+from meloformer.model import MeloFormer
+
+INSTRUMENTS = [128, 0, 33, 48, 25, 73]
+
+
+def random_sampling(rng: np.random.Generator) -> Sampling:
+    by_family = {f: float(rng.choice([0, 0.5, 1.5])) for f in (Family.TIME, Family.PITCH) if rng.random() < 0.2}
+    return Sampling(
+        temperature=float(rng.choice([0, 0.7, 1.0, 2.0], p=[0.1, 0.3, 0.4, 0.2])),
+        top_k=int(rng.choice([0, 5, 50])),
+        top_p=float(rng.choice([0.9, 0.98, 1.0])),
+        min_p=float(rng.choice([0, 0.02])),
+        by_family=by_family,
+    )
+
+
+def random_request(rng: np.random.Generator) -> Request:
+    def maybe(value):
+        return value if rng.random() < 0.6 else None
+
+    meters = [(4, 4), (3, 4), (6, 8), (7, 8), (1, 16)]
+    return Request(
+        bars=maybe(int(rng.integers(1, 9))),
+        meter=maybe(meters[rng.integers(len(meters))]),
+        tempo=maybe(int(rng.integers(20, 321))),
+        instruments=maybe(rng.choice(INSTRUMENTS, rng.integers(1, 5)).tolist()),
+    )
+
+
+def random_task(rng: np.random.Generator, prompt: Prompt, max_length: int) -> Task:
+    kind = rng.integers(3)
+    if kind == 0:
+        return continuation(prompt, int(rng.integers(1, 4)), max_length, int(rng.integers(1, 5)))
+    if kind == 1:
+        tracks, first = len(prompt.score.tracks), int(rng.integers(prompt.num_bars))
+        last = min(first + int(rng.integers(1, 4)), prompt.num_bars)
+        chosen = rng.choice(tracks, rng.integers(1, min(tracks, 3) + 1), replace=False).tolist()
+        return rewriting(prompt, frozenset((t, b) for t in chosen for b in range(first, last)), max_length)
+    parts = rng.choice(INSTRUMENTS, rng.integers(1, 3)).tolist()
+    return accompaniment(prompt, parts, max_length, int(rng.integers(1, 4)))
+
+
+def check_opens(path: Path) -> int:
+    """Notes of a file, by both readers; each must open it and see as many."""
+    first = sum(len(track.notes) for track in symusic.Score(path).tracks)
+    second = sum(len(track.notes) for track in MidiFile(str(path)).instruments)
+    require(first == second, f"symusic sees {first} notes, miditoolkit {second}")
+    return first
+
+
+def check_request(request: Request, sample: Sample, path: Path) -> None:
+    score = sample.score
+    require(request.bars in (None, score.num_bars), "another number of bars")
+    require(request.tempo is None or score.tempos["qpm"].tolist() == [request.tempo], "another tempo")
+    meters = [tuple(m) for m in score.meters[["numerator", "denominator"]].tolist()]
+    require(request.meter is None or meters == [tuple(request.meter)], "another meter")
+    wanted = request.instruments
+    require(wanted is None or sorted(wanted) == sorted(score.instruments.tolist()), "other instruments")
+    dropped = sum(write_midi(score, path)[name] for name in ("duplicate_dropped",))
+    require(check_opens(path) == score.num_notes - dropped, "notes lost in the file")
+
+
+def check_task(task: Task, sample: Sample, path: Path) -> None:
+    prompt, old = task.prompt, task.prompt.source.score
+    require(sample.tokens[: len(task.request.given)].tolist() == task.request.given.tolist(), "the prompt's tokens")
+    counts = task.write(sample, path)
+    new = task.new_notes(sample)
+    back = read_score(path)
+    gone = Counter(map(tuple, prompt.notes_in(task.replaced)[NOTE].tolist()))
+    kept = Counter(map(tuple, old.notes[NOTE].tolist())) - gone
+    require(not kept - Counter(map(tuple, back.notes[NOTE].tolist())), "a kept note changed")
+    expected = kept.total() + len(new) - counts["held_dropped"] - counts["duplicate_dropped"]
+    require(back.num_notes == expected, f"{back.num_notes} notes, {expected} expected")
+    instruments = np.array([*old.instruments, *task.instruments])[new["track"]]
+    if task.instruments:
+        require(set(instruments.tolist()) == set(task.instruments), "other instruments")
+    else:
+        require(task.cells == int((sample.tokens == prompt.vocabulary.FILL).sum()), "another number of cells")
+    check_opens(path)
+
+
+NOTE = ["onset", "duration", "pitch", "velocity"]
+
+
+def require(good: bool, what: str) -> None:
+    if not good:
+        raise RuntimeError(what)
+
+
+def prompts(folder: Path, vocabulary: Vocabulary, rng: np.random.Generator, count: int) -> list[Prompt]:
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".mid", ".midi"))
+    found: list[Prompt] = []
+    for i in rng.permutation(len(files)).tolist():
+        try:
+            found.append(Prompt(files[i], vocabulary))
+        except UserError:
+            continue
+        if len(found) == count:
+            break
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--samples", type=int, default=1000)
+    parser.add_argument("--midi", type=Path, help="folder of MIDI files to go on from; without it, all is from nothing")
+    parser.add_argument("--checkpoint", help="a trained model")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max_length", type=int, default=700)
+    parser.add_argument("--output", type=Path, help="file for the counts")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(options.seed)
+    rng = np.random.default_rng(options.seed)
+    if options.checkpoint:
+        model = MeloFormer.from_pretrained(options.checkpoint)
+    else:
+        config = ModelConfig(size="small", n_layer=2, n_head=2, d_model=32, d_ff=48)
+        model = MeloFormer(config, Vocabulary()).eval()
+    tokenizer, done, started = Tokenizer(model.vocabulary), Counter(), time.perf_counter()
+    pool = prompts(options.midi, model.vocabulary, rng, 60) if options.midi else []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "sample.mid"
+        while done["samples"] < options.samples:
+            seed, task = int(rng.integers(2**31)), None
+            if pool and rng.random() < 0.6:
+                try:
+                    task = random_task(rng, pool[rng.integers(len(pool))], options.max_length)
+                except UserError:  # a bar of a rich piece is more than this length
+                    done["too_long"] += 1
+                    continue
+            request = random_request(rng) if task is None else task.request
+            sampling, count = random_sampling(rng), min(int(rng.integers(1, 9)), options.samples - done["samples"])
+            samples = generate(model, request, count, sampling, seed, 4, options.max_length)
+            for sample in samples:
+                try:
+                    tokenizer.validate(sample.tokens)
+                    require(len(sample.tokens) <= options.max_length, "too long")
+                    if task is None:
+                        check_request(request, sample, path)
+                    else:
+                        check_task(task, sample, path)
+                except (UserError, RuntimeError) as error:
+                    where = "" if task is None else f" after {task.prompt.path}"
+                    raise SystemExit(f"{error}: seed {seed}, sample {sample.index}{where}, {sampling}") from None
+                done["samples"] += 1
+                done["hit_max_length"] += sample.hit_limit
+                done["tokens"] += len(sample.tokens)
+                done["from nothing" if task is None else "parts" if task.instruments else "cells"] += 1
+    done["seconds"] = round(time.perf_counter() - started)
+    print(json.dumps(done, indent=1))
+    if options.output:
+        options.output.write_text(json.dumps(done, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,274 @@
+"""A MIDI file, untouched, with new notes in it: what a continuation, a rewritten bar or an added part is written as.
+
+>>> source = MidiSource("song.mid")                                            # doctest: +SKIP
+>>> merge_midi(source, "more.mid", note_table([(0, 15360, 480, 60, 90)]))      # doctest: +SKIP
+Counter()
+
+In: the file, and notes in its own ticks whose `track` counts the tracks of `source.score`, then `instruments`.
+Out: a file with every event of the first one, byte for byte and on its tick (names, channels, controllers, bends,
+tempos), without the notes of `removed`, and with the new ones; and counts of what the rules below did.
+
+- A new note of an existing track goes into that track of the file, on its channel. Where the program in force there is
+  another one (the track changes its sound), it goes to a track of its own: `own_channel` tracks.
+- A new instrument, and a track of its own, get a channel that the file does not use. Where all are taken it joins the
+  channel with its program, else of the nearest General MIDI family, and sounds as that does: `channel_shared`. Drums
+  are on channel 10.
+- A new note is never struck while a kept note of its pitch sounds in its track (`held_dropped`), and ends where the
+  next of its pitch, kept or new, begins (`overlap_cut`); of new notes struck together the longest stays
+  (`duplicate_dropped`). So readers pair the kept notes as before.
+
+The surprise: events are copied as bytes, and no library reads and writes them: those drop what they do not know.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import Counter, defaultdict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from meloformer.files import write_atomic
+from meloformer.midi.chunks import RESAVE, events, header, shared_programs, split, track_chunk
+from meloformer.midi.general_midi import instrument_name
+from meloformer.midi.read import read_score
+from meloformer.midi.score import DRUMS, MidiError, note_table
+from meloformer.midi.write import DRUM_CHANNEL, MELODIC_CHANNELS, family_distance, resolve_overlaps
+
+NOTE_OFF, NOTE_ON, PROGRAM_CHANGE = 0x8, 0x9, 0xC
+_END_OF_TRACK = b"\xff\x2f\x00"
+# On one tick: new notes end, then what the file has, then new notes begin.
+_ENDS, _FILE, _BEGINS = range(3)
+
+
+class Note(NamedTuple):
+    """A note of a track of the file, with the places of its two events in the track's list."""
+
+    channel: int
+    program: int
+    onset: int
+    end: int
+    pitch: int
+    velocity: int
+    on_at: int
+    off_at: int
+
+
+@dataclass
+class _FileTrack:
+    """One MTrk: its events, its notes, and per channel the ticks and programs of its program changes."""
+
+    events: list[tuple[int, bytes]]
+    notes: list[Note]
+    changes: dict[int, tuple[list[int], list[int]]]
+
+    def program(self, channel: int, tick: int) -> int:
+        ticks, programs = self.changes[channel]
+        return programs[bisect_right(ticks, tick)]
+
+
+class Part(NamedTuple):
+    """A track of the score: the channel and program of a track of the file."""
+
+    file_track: int
+    channel: int
+    program: int
+
+
+class MidiSource:
+    """A file taken apart: `score` as `read_score` has it, and where each of its notes stands in the file.
+
+    MidiError where it cannot be read, or is so damaged that its events cannot be told apart.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path, self.score = path, read_score(path)
+        self.kind, self.ticks_per_quarter, chunks, _ = split(path)
+        programs = shared_programs(chunks)
+        try:
+            self.tracks = [_read_track(chunk, programs) for chunk in chunks]
+        except MidiError as error:
+            raise MidiError(f"{path}: {error}") from None
+        self.parts = [
+            Part(i, channel, program)
+            for i, track in enumerate(self.tracks)
+            for channel, program in sorted({(note.channel, note.program) for note in track.notes})
+        ]
+        self.number = {part: i for i, part in enumerate(self.parts)}
+        rows = [
+            (self.number[Part(i, n.channel, n.program)], n.onset, max(n.end - n.onset, 1), n.pitch, n.velocity)
+            for i, track in enumerate(self.tracks)
+            for n in track.notes
+        ]
+        fields = list(self.score.notes.dtype.names)
+        if not np.array_equal(np.sort(note_table(rows), order=fields), np.sort(self.score.notes, order=fields)):
+            raise MidiError(f"{path}: damaged MIDI (its notes read differently twice); {RESAVE}")
+
+    def plays(self, track: int, tick: int) -> bool:
+        """Whether a note struck there on the track's channel would sound as the track does."""
+        part = self.parts[track]
+        in_force = self.tracks[part.file_track].program(part.channel, tick)
+        return part.channel == DRUM_CHANNEL or in_force == part.program
+
+
+def merge_midi(
+    source: MidiSource,
+    path: str | Path,
+    notes: np.ndarray,
+    instruments: Sequence[int] = (),
+    removed: np.ndarray | None = None,
+    end_tick: int = 0,
+    only_new: bool = False,
+) -> Counter:
+    """Write the source with `notes` (a note table) to `path`; returns counts.
+
+    removed: rows of `source.score.notes` that are left out. end_tick: the file lasts at least so long. only_new: no
+    note of the source is written. MidiError where the file cannot be written.
+    """
+    counts: Counter = Counter()
+    tracks = source.tracks
+    guests = defaultdict(list)  # new notes by the track of the file that takes them
+    homeless = defaultdict(list)  # those that need a track of their own, by number
+    for row in resolve_overlaps(notes, counts).tolist():
+        if row[0] < len(source.parts) and source.plays(row[0], row[1]):
+            guests[source.parts[row[0]].file_track].append(row)
+        else:
+            homeless[row[0]].append(row)
+
+    gone = set() if removed is None else set(zip(removed["track"].tolist(), removed["onset"].tolist()))
+    lists = []
+    for i, track in enumerate(tracks):
+        kept, dropped = [], set()
+        for note in track.notes:
+            if only_new or (source.number[Part(i, note.channel, note.program)], note.onset) in gone:
+                dropped |= {note.on_at, note.off_at}
+            else:
+                kept.append(note)
+        stays = [(tick, _FILE, event) for at, (tick, event) in enumerate(track.events) if at not in dropped]
+        added = _avoid_kept(guests[i], kept, source.parts, counts)
+        lists.append(stays + [event for row in added for event in _note_events(source.parts[row[0]].channel, row)])
+
+    channels = _Channels(tracks, counts)
+    for number, rows in sorted(homeless.items()):
+        if number < len(source.parts):
+            part = source.score.tracks[number]
+            instrument, name = part.instrument, part.name or instrument_name(part.instrument)
+            counts["own_channel"] += 1
+        else:
+            instrument = int(instruments[number - len(source.parts)])
+            name = instrument_name(instrument)
+        channel, setup = channels.choose(instrument)
+        head = [(0, _FILE, event) for event in (_name_event(name), *setup)]
+        lists.append(head + [event for row in rows for event in _note_events(channel, row)])
+
+    ends = [track.events[-1][0] if track.events else 0 for track in tracks] + [0] * (len(lists) - len(tracks))
+    ends[0] = max(ends[0], end_tick)
+    try:
+        written = [_close(listed, end) for listed, end in zip(lists, ends)]
+    except MidiError as error:
+        raise MidiError(f"{path}: {error}; lower the resolution") from None
+    kind = source.kind if len(written) == 1 else 1
+    try:
+        write_atomic(path, header(kind, len(written), source.ticks_per_quarter) + b"".join(written))
+    except OSError as error:
+        raise MidiError(f"{path}: cannot be written ({error.strerror}); check the folder") from None
+    return +counts
+
+
+# --- the file's own tracks ----------------------------------------------------------------------------------------
+
+
+def _read_track(chunk: bytes, shared: dict[int, int]) -> _FileTrack:
+    """Events and notes, paired as `read_score` pairs them: a note-off ends the oldest note of its pitch."""
+    listed = list(events(chunk))
+    changes: dict[int, tuple[list[int], list[int]]] = {c: ([], [shared.get(c, 0)]) for c in range(16)}
+    sounding: dict[tuple[int, int], deque] = defaultdict(deque)
+    notes = []
+    for at, (tick, event) in enumerate(listed):
+        kind, channel = event[0] >> 4, event[0] & 15
+        data = [min(byte, 127) for byte in event[1:3]]  # as readers repair them
+        if kind == NOTE_ON and data[1]:
+            sounding[channel, data[0]].append((changes[channel][1][-1], tick, data[1], at))
+        elif kind in (NOTE_ON, NOTE_OFF) and sounding[channel, data[0]]:
+            program, onset, velocity, on_at = sounding[channel, data[0]].popleft()
+            notes.append(Note(channel, program, onset, tick, data[0], velocity, on_at, at))
+        elif kind == PROGRAM_CHANGE:
+            changes[channel][0].append(tick)
+            changes[channel][1].append(data[0])
+    return _FileTrack(listed, notes, changes)
+
+
+def _avoid_kept(rows: list, kept: list[Note], parts: list[Part], counts: Counter) -> list:
+    """The new notes that do not disturb how the kept notes of their channel and pitch are paired."""
+    held: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
+    for note in kept:
+        held[note.channel, note.pitch].append((note.onset, note.end))
+    for spans in held.values():
+        spans.sort()
+    result = []
+    for number, onset, duration, pitch, velocity in rows:
+        spans = held.get((parts[number].channel, pitch), [])
+        if any(start <= onset < max(end, start + 1) for start, end in spans):
+            counts["held_dropped"] += 1
+            continue
+        after = bisect_right(spans, (onset, onset))
+        if after < len(spans) and spans[after][0] < onset + duration:
+            counts["overlap_cut"] += 1
+            duration = spans[after][0] - onset
+        result.append((number, onset, duration, pitch, velocity))
+    return result
+
+
+# --- what is new --------------------------------------------------------------------------------------------------
+
+
+class _Channels:
+    """Hands out the channels that the file leaves free."""
+
+    def __init__(self, tracks: Sequence[_FileTrack], counts: Counter):
+        used = {event[0] & 15 for track in tracks for _, event in track.events if 0x80 <= event[0] < 0xF0}
+        self.free = [channel for channel in MELODIC_CHANNELS if channel not in used]
+        self.mine: dict[int, int] = {}  # program: channel
+        self.theirs: dict[int, int] = {}  # program: the first channel of the file that plays it
+        for track in tracks:
+            for note in track.notes:
+                if note.channel != DRUM_CHANNEL:
+                    self.theirs.setdefault(note.program, note.channel)
+        self.counts = counts
+
+    def choose(self, instrument: int) -> tuple[int, list[bytes]]:
+        """A channel, and the events that set it up."""
+        if instrument == DRUMS:
+            return DRUM_CHANNEL, []
+        if instrument not in self.mine and self.free:
+            self.mine[instrument] = self.free.pop(0)
+        if instrument in self.mine:
+            channel = self.mine[instrument]
+            return channel, [bytes((PROGRAM_CHANGE << 4 | channel, instrument))]
+        sounds = self.theirs | self.mine or {0: 0}
+        nearest = min(sounds, key=lambda other: family_distance(other, instrument))
+        self.counts["channel_shared"] += 1
+        return sounds[nearest], []
+
+
+def _note_events(channel: int, row: Sequence[int]) -> list[tuple[int, int, bytes]]:
+    _, onset, duration, pitch, velocity = row
+    return [
+        (onset, _BEGINS, bytes((NOTE_ON << 4 | channel, pitch, velocity))),
+        (onset + duration, _ENDS, bytes((NOTE_OFF << 4 | channel, pitch, 0))),
+    ]
+
+
+def _name_event(name: str) -> bytes:
+    text = name.encode("utf-8")[:127]
+    return bytes((0xFF, 0x03, len(text))) + text
+
+
+def _close(listed: list[tuple[int, int, bytes]], end: int) -> bytes:
+    """An MTrk chunk of events in any order of ticks; what the file has keeps its order."""
+    ordered = sorted((event for event in listed if event[2] != _END_OF_TRACK), key=lambda event: event[:2])
+    last = max(end, ordered[-1][0] if ordered else 0)
+    return track_chunk([*((tick, event) for tick, _, event in ordered), (last, _END_OF_TRACK)])

@@ -1,0 +1,291 @@
+"""Going on from a file: what was given stays, note for note and event for event, and what was asked for is there."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from meloformer.errors import UserError
+from meloformer.generation import Request, Sampling, generate
+from meloformer.generation.prompt import (
+    Prompt,
+    accompaniment,
+    continuation,
+    find_cells,
+    parse_rewrite,
+    rewriting,
+)
+from meloformer.generation.request import ConstrainedState
+from meloformer.hid import Family, Tokenizer
+from meloformer.midi import DRUMS, MidiError, Score, Track, note_table, read_score, write_midi
+from tests.hid.streams import VOCABULARY
+from tests.midi.real_files import readable_sample
+from tests.midi.test_merge import timed_events
+from tests.model.music import tiny_model
+
+TOKENIZER = Tokenizer(VOCABULARY)
+
+
+@pytest.fixture
+def song(tmp_path):
+    """Four bars of 3/4, then two of 4/4: a violin that is silent at the end, a bass, drums, another violin."""
+    rows = []
+    for bar, start in enumerate([0, 288, 576, 864, 1152, 1536]):
+        for beat in range(3):
+            if bar < 3:
+                rows.append((0, start + 96 * beat, 90, 70 + bar, 80))
+            rows.append((1, start + 96 * beat, 48, 40 + beat, 90))
+            rows.append((2, start + 96 * beat, 6, 36, 100))
+        rows.append((3, start, 280, 60, 70))
+    score = Score(
+        96,
+        [Track(40, name="first"), Track(33), Track(0, True), Track(40, name="second")],
+        note_table(rows),
+        [(0, 3, 4), (1152, 4, 4)],
+        [(0, 100.0), (576, 150.0)],
+    )
+    write_midi(score, tmp_path / "song.mid")
+    return tmp_path / "song.mid"
+
+
+@pytest.fixture
+def prompt(song):
+    return Prompt(song, VOCABULARY)
+
+
+def one_sample(task, **settings):
+    torch.manual_seed(0)
+    (sample,) = generate(tiny_model(), task.request, max_length=900, **settings)
+    TOKENIZER.validate(sample.tokens)
+    return sample
+
+
+def kept_and_new(prompt, task, path):
+    """Notes of the source that are not in the written file, and notes of the file that are not in the source."""
+    old, back = prompt.source.score, read_score(path)
+
+    def rows(score):
+        instruments = score.instruments[score.notes["track"]].tolist()
+        return {(i, *note[1:]) for i, note in zip(instruments, score.notes.tolist())}
+
+    return rows(old) - rows(back), rows(back) - rows(old)
+
+
+# --- what the model reads -----------------------------------------------------------------------------------------
+
+
+def test_a_prompt_knows_its_tracks_by_the_files_numbers(prompt):
+    assert [track.instrument for track in prompt.score.tracks] == [DRUMS, 33, 40, 40]
+    assert prompt.track_of == [2, 1, 0, 3]
+    assert prompt.find_tracks("1") == [2] and prompt.find_tracks("4") == [3]
+    assert prompt.find_tracks("drums") == [0] and prompt.find_tracks("violin") == [2, 3]
+    for name, message in (("5", "it has 4"), ("0", "it has 4"), ("flute", "none of its tracks"), ("kazoo", "kazoo")):
+        with pytest.raises(UserError, match=message):
+            prompt.find_tracks(name)
+
+
+def test_the_head_of_a_continuation(prompt):
+    """Two bars read, two to come: the meter in force is restated, the silent violin has its masks behind empty bars."""
+    masked = frozenset((track, bar) for track in range(4) for bar in (6, 7))
+    tokens, tracks = prompt.stream(4, 8, masked)
+    text = TOKENIZER.text(tokens)
+    assert text.startswith("BOS CONDUCTOR BAR METER_4/4 TEMPO_150 BAR BAR BAR INSTRUMENT_DRUMS BAR T_0")
+    assert "INSTRUMENT_40 BAR BAR BAR MASK BAR MASK INSTRUMENT_40 BAR T_0" in text
+    assert tracks == [0, 1, 2, 3] and (tokens == VOCABULARY.MASK).sum() == 8
+    # as `defer` would have written it, up to the first FILL
+    whole, _ = prompt.stream(0, 6, frozenset({(1, 3), (2, 5)}))
+    deferred = TOKENIZER.defer([*prompt.stream(0, 6)[0].tolist(), VOCABULARY.EOS], [(1, 3), (2, 5)])
+    assert whole.tolist() == deferred[: len(whole)].tolist() and deferred[len(whole)] == VOCABULARY.FILL
+
+
+def test_the_marks_of_a_pieces_ends(prompt):
+    for first, last, marks in ((0, 6, 2), (0, 5, 1), (1, 6, 1), (1, 5, 0), (1, 8, 0)):
+        tokens, _ = prompt.stream(first, last, frozenset({(0, last - 1)}))
+        kind = VOCABULARY.family_of[tokens]
+        assert ((kind == Family.PIECE_BEGIN) | (kind == Family.PIECE_END)).sum() == marks
+
+
+def test_a_long_prompt_is_read_through_a_window_and_says_so(prompt):
+    whole = continuation(prompt, 2, 4000)
+    assert whole.first_bar == 0 and whole.note == ""
+    length = len(whole.request.given)
+    cut = continuation(prompt, 2, length)
+    assert 0 < cut.first_bar < 5 and len(cut.request.given) < length
+    assert f"last {6 - cut.first_bar} of 6 bars" in cut.note and str(length) in cut.note
+    assert continuation(prompt, 2, 4000, prompt_bars=3).first_bar == 3
+    with pytest.raises(UserError, match=r"song.mid: a bar of it and 2 new ones of 4 tracks need about"):
+        continuation(prompt, 2, 100)
+
+    cells = find_cells(prompt, [("drums", 4, 4)])
+    near = rewriting(prompt, cells, len(rewriting(prompt, cells, 4000).request.given) - 20)
+    assert near.first_bar <= 3 < near.end_bar and "reads bars" in near.note
+    with pytest.raises(UserError, match="bars 4-4 of all its tracks need about"):
+        rewriting(prompt, cells, 30)
+    with pytest.raises(UserError, match="prompt_bars"):
+        accompaniment(prompt, [0], 200)
+    assert accompaniment(prompt, [0], 200, prompt_bars=1).first_bar == 5
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "track=2",
+        "bars=2-3",
+        "track=2,bars=3-2",
+        "track=2,bars=0",
+        "track=,bars=1",
+        "track=2,bars=x",
+        "track=1,bars=1,x",
+        "",
+    ],
+)
+def test_what_is_no_cell_is_refused(word):
+    with pytest.raises(UserError, match=r'--rewrite is .* must be like "track=2,bars=8-16"'):
+        parse_rewrite([word])
+
+
+def test_cells_beyond_the_piece_are_refused(prompt):
+    with pytest.raises(UserError, match=r"bars=3-7, it has bars 1-6"):
+        find_cells(prompt, [("1", 3, 7)])
+
+
+def test_a_prompt_without_notes_or_music_is_one_line(tmp_path):
+    write_midi(Score(96, [Track(0)]), tmp_path / "empty.mid")
+    with pytest.raises(UserError, match=r"empty.mid: has no notes"):
+        Prompt(tmp_path / "empty.mid", VOCABULARY)
+    (tmp_path / "page.mid").write_text("<html>")
+    with pytest.raises(MidiError, match=r"page.mid: a web page"):
+        Prompt(tmp_path / "page.mid", VOCABULARY)
+
+
+# --- what is written ----------------------------------------------------------------------------------------------
+
+
+def test_a_continuation_begins_behind_the_last_bar(prompt, tmp_path):
+    task = continuation(prompt, 2, 900)
+    sample = one_sample(task)
+    task.write(sample, tmp_path / "out.mid")
+    lost, new = kept_and_new(prompt, task, tmp_path / "out.mid")
+    assert not lost and new and {note[0] for note in new} <= {DRUMS, 33, 40}
+    assert all(1920 <= onset < 2688 for _, onset, *_ in new)
+    assert (sample.tokens == VOCABULARY.FILL).sum() == 8 == task.cells
+    for before, after in zip(timed_events(prompt.path), timed_events(tmp_path / "out.mid")):
+        assert not before - after
+
+
+def test_rewritten_cells_are_new_and_others_stay(prompt, tmp_path):
+    cells = find_cells(prompt, parse_rewrite(["track=2,bars=2-3", "track=4,bars=5"]))
+    task = rewriting(prompt, cells, 900)
+    task.write(one_sample(task), tmp_path / "out.mid")
+    lost, new = kept_and_new(prompt, task, tmp_path / "out.mid")
+    assert all((i == 33 and 288 <= onset < 864) or (i == 40 and onset == 1152 and pitch == 60)
+               for i, onset, _, pitch, _ in lost)  # fmt: skip
+    assert all((i == 33 and 288 <= onset < 864) or (i == 40 and 1152 <= onset < 1536) for i, onset, *_ in new)
+    assert new and prompt.notes_in(cells)["onset"].tolist() == [288, 384, 480, 576, 672, 768, 1152]
+
+
+def test_new_parts_stand_beside_the_given_ones(prompt, tmp_path):
+    task = accompaniment(prompt, [0, DRUMS], 900, prompt_bars=3)
+    sample = one_sample(task)
+    assert sample.score.instruments.tolist() == [DRUMS, 33, 40, DRUMS, 0]
+    task.write(sample, tmp_path / "out.mid")
+    lost, new = kept_and_new(prompt, task, tmp_path / "out.mid")
+    assert not lost and {note[0] for note in new} == {0, DRUMS}
+    assert all(onset >= 864 for _, onset, *_ in new)
+    task.write(sample, tmp_path / "alone.mid", only_new=True)
+    alone = read_score(tmp_path / "alone.mid")
+    assert set(alone.instruments.tolist()) == {0, DRUMS} and alone.num_notes >= len(new)
+    assert alone.meters.tolist() == prompt.source.score.meters.tolist()
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_any_choice_keeps_what_was_given_and_fills_every_mask(data):
+    """The worst model there is, on random cells, new parts and limits down to what only just closes."""
+    score = Score(24, [Track(0), Track(33)], note_table([(0, 0, 9, 60, 60), (0, 200, 9, 60, 60), (1, 96, 9, 40, 64)]))
+    given = TOKENIZER.encode(score)
+    cells = data.draw(st.sets(st.tuples(st.integers(0, 1), st.integers(0, 2)), max_size=6))
+    instruments = data.draw(st.lists(st.sampled_from([0, 33, 128]), max_size=3, min_size=0 if cells else 1))
+    deferred = TOKENIZER.defer(given, cells)
+    fills = np.flatnonzero(deferred == VOCABULARY.FILL)
+    head = deferred[: fills[0] if len(fills) else -1]
+    limit = len(head) + len(cells) + 6 * len(instruments) + 1 + data.draw(st.integers(0, 60))
+    start = ConstrainedState(VOCABULARY, Request(instruments=instruments or None, given=head), limit)
+    assert start.forced_prefix()[: len(head)] == head.tolist()
+    state = start.branch()
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    while not state.is_finished:
+        state.push(int(rng.choice(np.flatnonzero(state.allowed()))))
+    TOKENIZER.validate(np.array(state.tokens))
+    assert len(state.tokens) <= limit and state.tokens[: len(head)] == head.tolist()
+    assert state.tokens.count(VOCABULARY.FILL) == len(cells)
+    kind = VOCABULARY.family_of[state.tokens[len(head) :]]
+    assert (kind == Family.INSTRUMENT).sum() == len(instruments)
+    assert sorted(state.state.instruments[2:]) == sorted(instruments)
+
+
+def test_a_request_that_asks_for_nothing_is_refused(prompt):
+    head = prompt.stream(0, 6)[0]
+    with pytest.raises(UserError, match="nothing is asked for"):
+        ConstrainedState(VOCABULARY, Request(given=head), 4000)
+    with pytest.raises(UserError, match="those of the given music"):
+        ConstrainedState(VOCABULARY, Request(given=head, bars=2), 4000)
+    with pytest.raises(UserError, match="1 new parts need at least"):
+        ConstrainedState(VOCABULARY, Request(given=head, instruments=[0]), len(head) + 6)
+
+
+def test_batches_share_the_prompt_and_samples_do_not_notice(prompt):
+    """Each sample branches off one prefilled cache; alone it is the same, in float64 to the last token."""
+    torch.manual_seed(2)
+    model = tiny_model().double()
+    task = continuation(prompt, 2, 420, prompt_bars=2)
+    pieces = [
+        [s.tokens.tolist() for s in generate(model, task.request, 4, Sampling(), 5, size, 420)] for size in (1, 3, 4)
+    ]
+    assert pieces[0] == pieces[1] == pieces[2] and len(set(map(tuple, pieces[0]))) == 4
+
+
+def test_greedy_filling_takes_the_argmax_of_the_full_forward_pass(prompt):
+    torch.manual_seed(3)
+    model = tiny_model()
+    task = rewriting(prompt, find_cells(prompt, [("2", 2, 3)]), 900)
+    (sample,) = generate(model, task.request, sampling=Sampling(temperature=0), max_length=500)
+    logits = model.logits(sample.tokens).numpy()
+    state = ConstrainedState(VOCABULARY, task.request, 500)
+    for position in range(len(state.tokens), len(sample.tokens)):
+        token = int(sample.tokens[position])
+        assert token == int(np.where(state.allowed(), logits[position - 1], -np.inf).argmax()), position
+        state.push(token)
+
+
+def test_real_files_are_gone_on_from(real_midi, tmp_path):
+    rng, model, done, out = np.random.default_rng(1), tiny_model(), 0, tmp_path / "out.mid"
+    for path in readable_sample(real_midi, share=0.01):
+        try:
+            prompt = Prompt(path, VOCABULARY)
+        except UserError:
+            continue
+        tracks, bars = len(prompt.score.tracks), prompt.num_bars
+        cells = frozenset({(int(rng.integers(tracks)), int(rng.integers(bars)))})
+        try:
+            tasks = [
+                continuation(prompt, 1, 1200, prompt_bars=2),
+                rewriting(prompt, cells, 1200),
+                accompaniment(prompt, [40], 1200, prompt_bars=1),
+            ]
+        except UserError:  # a single bar of the piece is too much for this length
+            continue
+        task = tasks[done % 3]
+        (sample,) = generate(model, task.request, seed=done, max_length=1200)
+        TOKENIZER.validate(sample.tokens)
+        counts = task.write(sample, out)
+        old = len(prompt.source.score.notes) - len(prompt.notes_in(task.replaced))
+        dropped = counts["held_dropped"] + counts["duplicate_dropped"]
+        assert read_score(out).num_notes == old + len(task.new_notes(sample)) - dropped
+        done += 1
+        if done == 12:
+            break
+    assert done >= 6
