@@ -11,8 +11,9 @@ import pytest
 
 from meloformer.config import PreprocessConfig
 from meloformer.data import Corpus
-from meloformer.data.preprocess import CRASHED, Encoder, preprocess
-from meloformer.data.sources import list_input
+from meloformer.data.encoder import CRASHED, Encoder
+from meloformer.data.preprocess import preprocess
+from meloformer.data.sources import Input, Source
 from meloformer.errors import UserError
 from meloformer.hid import Tokenizer, Vocabulary
 from meloformer.midi import Score, Track, note_table, read_score, write_midi
@@ -161,9 +162,10 @@ def test_a_file_that_breaks_the_code_costs_one_line(tmp_path, monkeypatch):
 
     broken = read_score(folder / "piece001.mid")
     monkeypatch.setattr(Tokenizer, "encode_counted", fails_once)
-    run(folder, tmp_path / "out")
-    line = json.loads((tmp_path / "out" / "rejected.jsonl").read_text())
-    assert line == {"path": "piece001.mid", "reason": CRASHED, "detail": "IndexError: index 7 is out of bounds"}
+    encoder = Encoder(PreprocessConfig(input="x", output="y"))
+    results = [encoder(source) for source in Input(str(folder))]
+    assert results[1] == ("piece001.mid", CRASHED, "IndexError: index 7 is out of bounds")
+    assert results[0].piece.name == "piece000.mid" and results[2].piece.name == "piece002.mid"
 
 
 # --- refusals -------------------------------------------------------------------------------------------------
@@ -229,10 +231,10 @@ def test_another_corpus_is_not_overwritten(midi, tmp_path):
 
 
 def test_an_output_that_cannot_be_written_is_named(midi, tmp_path, monkeypatch):
-    def full(path, data):
+    def full(path):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr("meloformer.data.shards.write_atomic", full)
+    monkeypatch.setattr("meloformer.data.arrays.atomic_file", full)
     with pytest.raises(UserError, match=r"shard-00000.safetensors: cannot be written \(No space left on device\)"):
         run(midi, tmp_path / "out")
 
@@ -245,7 +247,7 @@ def test_the_command_line_ends_with_status_2_and_one_line(tmp_path):
 
 
 def test_symlinked_names_and_sorting_are_stable(midi):
-    names = [source.name for source in list_input(str(midi))]
+    names = [source.name for source in Input(str(midi))]
     assert names == sorted(names) and all("\\" not in name for name in names)
 
 
@@ -273,5 +275,5 @@ def test_an_encoder_never_raises_for_what_a_file_holds(tmp_path):
         for position in rng.integers(14, len(data), size=5):
             broken[position] = rng.integers(256)
         (tmp_path / "b.mid").write_bytes(broken[: None if i % 2 else int(rng.integers(14, len(data)))])
-        result = encoder(list_input(str(tmp_path))[1])
+        result = encoder(Source(str(tmp_path / "b.mid"), "b.mid"))
         assert getattr(result, "reason", "") != CRASHED, result
