@@ -261,7 +261,7 @@ class PreprocessConfig(Settings):
         self.require(self.file_timeout > 0, "file_timeout", self.file_timeout, "above 0", "60 is the default")
         self.require(self.file_memory >= 64, "file_memory", self.file_memory, "at least 64", "2048 is the default")
         i, n = self.share
-        self.require(1 <= i <= n, "part", self.part, "i/n with i from 1 to n, such as 2/4", "leave it out for all files")
+        self.require(1 <= i <= n, "part", self.part, "i/n with i from 1 to n, such as 2/4", "leave it out for all")
 
     @property
     def share(self) -> tuple[int, int]:

@@ -43,6 +43,10 @@ ENTRY_DTYPES = {name: dtype for name, dtype in INDEX_DTYPES.items() if name != "
 }
 
 
+def entry_path(output: Path, number: int) -> Path:
+    return output / JOURNAL / f"entry-{number:05d}.safetensors"
+
+
 @dataclass
 class State:
     """Running totals after some number of input files."""
@@ -95,7 +99,7 @@ class Journal:
         text = json.dumps({"format": FORMAT_VERSION, **started}, indent=1, sort_keys=True)
         if path.exists():
             refuse_another(self.output, started, json.loads(path.read_text(encoding="utf-8")), "an unfinished corpus")
-            while self.entry_path(self.num_entries).exists():
+            while entry_path(self.output, self.num_entries).exists():
                 self.num_entries += 1
         else:
             write_atomic(path, text.encode())
@@ -109,17 +113,14 @@ class Journal:
             with open(path, "ab") as file:
                 file.truncate(size)
 
-    def entry_path(self, number: int) -> Path:
-        return self.path / f"entry-{number:05d}.safetensors"
-
     def entry(self, number: int) -> MappedArrays:
-        return MappedArrays(self.entry_path(number), REMEDY)
+        return MappedArrays(entry_path(self.output, number), REMEDY)
 
     def entries(self) -> Iterator[MappedArrays]:
         return map(self.entry, range(self.num_entries))
 
     def new_entry(self) -> ArrayWriter:
-        writer = ArrayWriter(self.entry_path(self.num_entries), ENTRY_DTYPES)
+        writer = ArrayWriter(entry_path(self.output, self.num_entries), ENTRY_DTYPES)
         writer.append("shingle_offsets", [0])
         return writer
 

@@ -19,6 +19,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
@@ -44,18 +45,24 @@ def preprocess(config: PreprocessConfig) -> None:
         print(f"{output} is complete already. {summary(read_meta(output), output)}")
         return
     existed = output.exists()
+    with writing(output), CorpusWriter(output, settings_of(config), source.describe(), source.first) as writer:
+        _run(config, source, writer)
+        if not writer.state.totals["pieces"] and config.part is None:
+            _refuse_nothing(config, source, writer, existed)
+        meta = writer.finish()
+    print(summary(meta, output))
+
+
+@contextmanager
+def writing(output: Path) -> Iterator[None]:
+    """What the system refuses becomes a UserError."""
     try:
-        with CorpusWriter(output, settings_of(config), source.describe(), source.first) as writer:
-            _run(config, source, writer)
-            if not writer.state.totals["pieces"] and config.part is None:
-                _refuse_nothing(config, source, writer, existed)
-            meta = writer.finish()
+        yield
     except OSError as error:
         raise UserError(
             f"{error.filename or output}: cannot be written ({error.strerror}); make room or give another --output, "
             "finished shards are kept"
         ) from None
-    print(summary(meta, output))
 
 
 def is_complete(output: Path, settings: dict, source: dict) -> bool:
