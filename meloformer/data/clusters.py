@@ -1,6 +1,6 @@
 """Near-duplicates: pieces that share more than 30 % of their bars, in whatever key, are one cluster.
 
-`bar_shingles(tokens, vocabulary)` gives the distinct bars of a piece as uint64 hashes; `cluster(contents, shingles,
+`bar_shingles(encoding)` gives the distinct bars of a piece as uint64 hashes; `cluster(contents, shingles,
 work)` names each piece's cluster by the smallest content hash in it.
 
 >>> from tempfile import TemporaryDirectory
@@ -26,8 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from meloformer.data.draws import mix
-from meloformer.hid.annotate import annotate
-from meloformer.hid.vocabulary import Family, Vocabulary
+from meloformer.hid.tokenizer import Encoding
 from meloformer.midi.score import DRUMS
 
 SHARED = 0.3  # of the distinct bars of either piece
@@ -42,23 +41,21 @@ _BAR = np.dtype([("bar", np.uint64), ("piece", np.int32)])
 _PAIR = np.dtype([("pair", np.int64), ("shared", np.int32)])
 
 
-def bar_shingles(tokens: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
-    """(n,) uint64, sorted, distinct: hashes of the bars of the pitched tracks of a stream without fills."""
-    a = annotate(tokens, vocabulary)
-    value = vocabulary.value_of[tokens]
-    at = np.flatnonzero((a.type == Family.PITCH) & (a.instrument != DRUMS))
-    if not len(at):
+def bar_shingles(encoding: Encoding) -> np.ndarray:
+    """(n,) uint64, sorted, distinct: hashes of the bars of the pitched tracks of a piece."""
+    first = encoding.segment_first
+    if not len(first):
         return np.zeros(0, dtype=np.uint64)
-    bar = a.segment[at]
-    first = np.flatnonzero(np.diff(bar, prepend=-1))
-    num_notes = np.diff(first, append=len(at))
-    lowest = np.minimum.reduceat(value[at], first)
-    highest = np.maximum.reduceat(value[at], first)
-    onset = value[a.type == Family.TIME][a.onset[at]]
-    notes = (onset << 8) | (value[at] - np.repeat(lowest, num_notes))
+    pitch = encoding.score.notes["pitch"].astype(np.int64)
+    num_notes = np.diff(first, append=len(pitch))
+    lowest = np.minimum.reduceat(pitch, first)
+    highest = np.maximum.reduceat(pitch, first)
+    notes = (encoding.onset_in_bar << 8) | (pitch - np.repeat(lowest, num_notes))
     with np.errstate(over="ignore"):  # a sum of hashes: the order of the notes does not matter
         sums = np.add.reduceat(mix(notes.astype(np.uint64)), first)
-    return np.unique(mix(sums)[(num_notes >= MIN_NOTES) & (highest > lowest)])
+    telling = (num_notes >= MIN_NOTES) & (highest > lowest)
+    telling &= encoding.score.instruments[encoding.segment_track] != DRUMS
+    return np.unique(mix(sums[telling]))
 
 
 def cluster(contents: np.ndarray, shingles: Iterable[np.ndarray], work: Path, rows: int = ROWS) -> np.ndarray:

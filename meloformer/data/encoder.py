@@ -10,7 +10,6 @@ beside others may fit alone, and only the pool knows.
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -20,8 +19,6 @@ from meloformer.data.clusters import bar_shingles
 from meloformer.data.shards import MAX_BARS, MAX_TRACKS, Piece, content_hash
 from meloformer.data.sources import Source
 from meloformer.hid import Tokenizer, Vocabulary
-from meloformer.hid.annotate import find_segments
-from meloformer.hid.vocabulary import Family
 from meloformer.midi import MidiError, read_score
 
 UNREADABLE, UNENCODABLE, CRASHED = "unreadable", "unencodable", "internal_error"
@@ -67,14 +64,11 @@ class Encoder:
         try:
             score = read_score(source.path)
             step = UNENCODABLE
-            tokens, counts = self.tokenizer.encode_counted(score)
+            encoding = self.tokenizer.encode_fully(score)
         except MidiError as error:
             return Rejected(name, step, str(error).removeprefix(f"{source.path}: "))
-        a = self.tokenizer.annotate(tokens)
-        is_bar = a.type == Family.BAR
-        num_notes = int((a.type == Family.PITCH).sum())
-        num_bars = int((is_bar & (a.track < 0)).sum())
-        instruments = a.instrument[a.type == Family.INSTRUMENT]
+        tokens, grid = encoding.tokens, encoding.score
+        num_notes, num_bars, instruments = grid.num_notes, grid.num_bars, grid.instruments
         for bad, reason, detail in (
             (num_notes < config.min_notes, FEW_NOTES, f"{num_notes} notes, min_notes is {config.min_notes}"),
             (num_bars < config.min_bars, FEW_BARS, f"{num_bars} bars, min_bars is {config.min_bars}"),
@@ -84,14 +78,21 @@ class Encoder:
         ):
             if bad:
                 return Rejected(name, reason, detail)
-        segments = find_segments(a)
         return Encoded(
-            Piece(name, tokens, segments.start, segments.bar, segments.track, segments.instrument, Counter(counts)),
+            Piece(
+                name,
+                tokens,
+                encoding.segment_start,
+                encoding.segment_bar,
+                encoding.segment_track,
+                instruments[encoding.segment_track],
+                grid.counts,
+            ),
             num_bars,
             num_notes,
-            int((is_bar & (a.track >= 0)).sum()),
+            encoding.num_track_bars,
             instruments,
             float(score.seconds_at(score.end_tick)),
             content_hash(tokens),
-            bar_shingles(tokens, self.tokenizer.vocabulary),
+            bar_shingles(encoding),
         )

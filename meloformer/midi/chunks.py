@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import struct
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from meloformer.midi.score import MidiError
@@ -113,29 +114,59 @@ def _with_shared_programs(tracks: list[bytes]) -> list[bytes]:
 def _opening_programs(track: bytes) -> list[tuple[int, int, int]]:
     """(tick, channel, program) of the program changes before the first note of an MTrk chunk; stops at damage."""
     found: list[tuple[int, int, int]] = []
-    at, tick, running = 8, 0, 0
-    try:
-        while at < len(track):
-            delta, at = _variable_length(track, at)
-            tick += delta
-            status = track[at] if track[at] >= 0x80 else running
-            at += track[at] >= 0x80
-            if status in (0xFF, 0xF0, 0xF7):  # a meta event has a type byte before its length, a sysex has not
-                length, at = _variable_length(track, at + (status == 0xFF))
-                at += length
-                continue
-            running = status
-            kind = status >> 4
-            if kind == 0xC and track[at] < 128:
-                found.append((tick, status & 15, track[at]))
-            if kind == 0x9 and track[at + 1]:
-                break
-            if not 0x8 <= kind <= 0xE:
-                break
-            at += 1 if kind in (0xC, 0xD) else 2
-    except IndexError:
-        pass  # cut inside an event: the readers will say so
+    for tick, status, at, _ in events(track):
+        kind = status >> 4
+        if kind == 0xC and track[at] < 128:
+            found.append((tick, status & 15, track[at]))
+        elif kind == 0x9 and track[at + 1]:
+            break
     return found
+
+
+def track_chunks(data: bytes) -> list[bytes]:
+    """The MTrk chunks of tidied data."""
+    chunks, at = [], 14
+    while at < len(data):
+        end = at + 8 + int.from_bytes(data[at + 4 : at + 8], "big")
+        chunks.append(data[at:end])
+        at = end
+    return chunks
+
+
+def events(track: bytes) -> Iterator[tuple[int, int, int, int]]:
+    """(tick, status, where its data begins, how many bytes) of each event of an MTrk chunk; ends at damage.
+
+    A meta event has 0xFF00 + its type for a status.
+    """
+    at, tick, running, end = 8, 0, 0, len(track)
+    try:
+        while at < end:
+            delta = track[at]
+            at += 1
+            if delta >= 0x80:
+                delta, at = _variable_length(track, at - 1)
+            tick += delta
+            status = track[at]
+            if status >= 0x80:
+                at += 1
+            else:
+                status = running
+            if 0x80 <= status < 0xF0:
+                running = status
+                size = 1 if 0xC0 <= status < 0xE0 else 2
+            elif status in (0xFF, 0xF0, 0xF7):
+                if status == 0xFF:
+                    status = 0xFF00 | track[at]
+                    at += 1
+                size, at = _variable_length(track, at)
+            else:
+                return
+            if at + size > end:
+                return
+            yield tick, status, at, size
+            at += size
+    except IndexError:
+        return  # cut inside an event: the readers will say so
 
 
 def _variable_length(data: bytes, at: int) -> tuple[int, int]:

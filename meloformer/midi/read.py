@@ -36,12 +36,11 @@ import io
 import re
 import struct
 from collections import Counter, defaultdict, deque
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
-from meloformer.midi.chunks import RESAVE, tidy
+from meloformer.midi.chunks import RESAVE, events, tidy, track_chunks
 from meloformer.midi.score import (
     DEFAULT_METER,
     DEFAULT_QPM,
@@ -112,25 +111,25 @@ def _with_symusic(path: str | Path, data: bytes, counts: Counter) -> Score:
         reason = str(error).split("\n")[0].removeprefix("MiniMidi: ").removesuffix(": iostream error")
         raise MidiError(f"{path}: damaged MIDI ({reason}); {RESAVE}") from None
 
-    tracks, tables = [], []
+    tracks, sizes = [], []
+    sounding = []
     for track in parsed.tracks:
         counts["pitch_bends"] += len(track.pitch_bends)
         counts["control_changes"] += len(track.controls)
         counts["pedals"] += len(track.pedals)
         if len(track.notes):
-            columns = track.notes.numpy()
-            table = np.empty(len(track.notes), dtype=NOTE_DTYPE)
-            table["track"] = len(tracks)
-            table["onset"], table["duration"] = columns["time"], columns["duration"]
-            table["pitch"], table["velocity"] = columns["pitch"], columns["velocity"]
+            sounding.append(track.notes.numpy())
+            sizes.append(len(track.notes))
             tracks.append(Track(int(track.program), bool(track.is_drum), track.name))
-            tables.append(table)
+    notes = np.empty(sum(sizes), dtype=NOTE_DTYPE)
+    if tracks:
+        notes["track"] = np.repeat(np.arange(len(tracks)), sizes)
+        for field, column in (("onset", "time"), ("duration",) * 2, ("pitch",) * 2, ("velocity",) * 2):
+            notes[field] = np.concatenate([columns[column] for columns in sounding])
     meters, tempos = parsed.time_signatures.numpy(), parsed.tempos.numpy()
     if _order_was_lost(meters) or _order_was_lost(tempos):
-        # where mido refuses, any of the events on a tick is better than none
-        with suppress(MidiError):
-            meters, tempos = _meta_events(_parse_with_mido(path, data, Counter()))
-    return _finish(path, parsed.ticks_per_quarter, tracks, tables, meters, tempos, counts)
+        meters, tempos = _meta_events(data)
+    return _finish(path, parsed.ticks_per_quarter, tracks, notes, meters, tempos, counts)
 
 
 def _order_was_lost(events: dict[str, np.ndarray]) -> bool:
@@ -139,6 +138,36 @@ def _order_was_lost(events: dict[str, np.ndarray]) -> bool:
         return False
     same_tick = np.diff(events["time"]) == 0
     return any(bool((same_tick & (np.diff(events[name].astype(np.int64)) != 0)).any()) for name in events)
+
+
+def _meta_events(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Meters and tempos of all tracks of tidied data, in the order of time, then of the file."""
+    meters, tempos = [], []
+    for track in track_chunks(data):
+        if b"\xff\x51\x03" not in track and b"\xff\x58\x04" not in track:
+            continue
+        for tick, status, at, size in events(track):
+            if status == 0xFF58 and size == 4:
+                meters.append((tick, track[at], _denominator(1 << min(track[at + 1], 30))))
+            elif status == 0xFF51 and size == 3:
+                tempos.append((tick, int.from_bytes(track[at : at + 3], "big")))
+    return _by_time(meters, tempos)
+
+
+def _denominator(stated: int) -> int:
+    return stated if stated <= MAX_DENOMINATOR else 0
+
+
+def _by_time(meters: list[tuple], tempos: list[tuple]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """(tick, numerator, denominator) and (tick, microseconds a quarter) as columns; those of one tick stay in order."""
+    meters = np.array(meters, dtype=np.int64).reshape(-1, 3)
+    tempos = np.array(tempos, dtype=np.int64).reshape(-1, 2)
+    meters = meters[np.argsort(meters[:, 0], kind="stable")]
+    tempos = tempos[np.argsort(tempos[:, 0], kind="stable")]
+    return (
+        dict(zip(("time", "numerator", "denominator"), meters.T)),
+        dict(zip(("time", "mspq"), tempos.T)),
+    )
 
 
 # --- miditoolkit's parser -----------------------------------------------------------------------------------
@@ -169,26 +198,17 @@ def _parse_with_mido(path: str | Path, data: bytes, counts: Counter):
         raise MidiError(f"{path}: damaged MIDI ({reason}); {RESAVE}") from None
 
 
-def _meta_events(parsed) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Meters and tempos of all tracks in the order of time, then of the file."""
+def _meta_events_of_mido(parsed) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     meters, tempos = [], []
     for track in parsed.tracks:
         tick = 0
         for event in track:
             tick += event.time
             if event.type == "time_signature":
-                denominator = event.denominator if event.denominator <= MAX_DENOMINATOR else 0
-                meters.append((tick, event.numerator, denominator))
+                meters.append((tick, event.numerator, _denominator(event.denominator)))
             elif event.type == "set_tempo":
                 tempos.append((tick, event.tempo))
-    meters = np.array(meters, dtype=np.int64).reshape(-1, 3)
-    tempos = np.array(tempos, dtype=np.int64).reshape(-1, 2)
-    meters = meters[np.argsort(meters[:, 0], kind="stable")]
-    tempos = tempos[np.argsort(tempos[:, 0], kind="stable")]
-    return (
-        dict(zip(("time", "numerator", "denominator"), meters.T)),
-        dict(zip(("time", "mspq"), tempos.T)),
-    )
+    return _by_time(meters, tempos)
 
 
 def _with_miditoolkit(path: str | Path, data: bytes, counts: Counter) -> Score:
@@ -201,7 +221,8 @@ def _with_miditoolkit(path: str | Path, data: bytes, counts: Counter) -> Score:
             rows = parts[channel, program]
             tables.append(np.array([(len(tracks), *row) for row in rows], dtype=NOTE_DTYPE))
             tracks.append(Track(program, channel == 9, _name(events)))
-    return _finish(path, parsed.ticks_per_beat, tracks, tables, *_meta_events(parsed), counts)
+    notes = np.concatenate(tables) if tables else np.empty(0, dtype=NOTE_DTYPE)
+    return _finish(path, parsed.ticks_per_beat, tracks, notes, *_meta_events_of_mido(parsed), counts)
 
 
 def _notes_by_part(events, counts: Counter) -> dict[tuple[int, int], list[tuple[int, int, int, int]]]:
@@ -244,8 +265,7 @@ def _name(events) -> str:
 # --- what both share ----------------------------------------------------------------------------------------
 
 
-def _finish(path, ticks_per_quarter, tracks, tables, meters, tempos, counts) -> Score:
-    notes = np.concatenate(tables) if tables else np.empty(0, dtype=NOTE_DTYPE)
+def _finish(path, ticks_per_quarter, tracks, notes, meters, tempos, counts) -> Score:
     times = [notes["onset"], notes["onset"] + notes["duration"], meters["time"], tempos["time"]]
     if any(len(t) and (t.min() < 0 or t.max() > MAX_TICK) for t in times):
         raise MidiError(f"{path}: a time beyond {MAX_TICK} ticks, so the file is damaged; {RESAVE}")

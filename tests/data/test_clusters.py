@@ -17,7 +17,7 @@ TOKENIZER = Tokenizer(VOCABULARY)
 
 
 def shingles(tokens: np.ndarray) -> np.ndarray:
-    return bar_shingles(tokens, VOCABULARY)
+    return bar_shingles(TOKENIZER.encode_fully(TOKENIZER.decode(tokens), order="given"))
 
 
 def test_a_copy_in_another_key_tempo_and_dress_has_the_same_bars():

@@ -153,7 +153,7 @@ def test_an_unfinished_folder_is_begun_again_and_ends_the_same(midi, tmp_path):
 
 def test_a_file_that_breaks_the_code_costs_one_line(tmp_path, monkeypatch):
     folder = write_folder(tmp_path / "midi", range(3))
-    encode = Tokenizer.encode_counted
+    encode = Tokenizer.encode_fully
 
     def fails_once(self, score, order="canonical"):
         if score == broken:
@@ -161,7 +161,7 @@ def test_a_file_that_breaks_the_code_costs_one_line(tmp_path, monkeypatch):
         return encode(self, score, order)
 
     broken = read_score(folder / "piece001.mid")
-    monkeypatch.setattr(Tokenizer, "encode_counted", fails_once)
+    monkeypatch.setattr(Tokenizer, "encode_fully", fails_once)
     encoder = Encoder(PreprocessConfig(input="x", output="y"))
     results = [encoder(source) for source in Input(str(folder))]
     assert results[1] == ("piece001.mid", CRASHED, "IndexError: index 7 is out of bounds")
