@@ -169,6 +169,21 @@ def events(track: bytes) -> Iterator[tuple[int, int, int, int]]:
         return  # cut inside an event: the readers will say so
 
 
+def is_broken(track: bytes) -> bool:
+    """Whether an MTrk chunk holds what no reader accepts: an undefined status, data without one, an event cut short."""
+    end = 8
+    for _, _, at, size in events(track):
+        end = at + size
+    if end == len(track):
+        return False
+    try:
+        _, at = _variable_length(track, end)
+        status = track[at]
+    except IndexError:
+        return True
+    return status < 0xF0 or status in (0xF0, 0xF4, 0xF5, 0xF7, 0xF9, 0xFD, 0xFF)
+
+
 def _variable_length(data: bytes, at: int) -> tuple[int, int]:
     """The number of seven bits a byte at `at`, and where it ends."""
     value = 0

@@ -40,7 +40,7 @@ from pathlib import Path
 
 import numpy as np
 
-from meloformer.midi.chunks import RESAVE, events, tidy, track_chunks
+from meloformer.midi.chunks import RESAVE, events, is_broken, tidy, track_chunks
 from meloformer.midi.score import (
     DEFAULT_METER,
     DEFAULT_QPM,
@@ -71,6 +71,8 @@ def read_score(path: str | Path) -> Score:
     try:
         return _with_symusic(path, data, counts)
     except MidiError as refusal:
+        if any(map(is_broken, track_chunks(data))):
+            raise  # the second reader would stumble as well, after fifty times as long
         try:
             return _with_miditoolkit(path, data, counts)
         except MidiError:
@@ -308,6 +310,8 @@ def _last_of_each_tick(table: np.ndarray, default: np.ndarray, kind: str, counts
     """`table`, sorted by tick, with one row a tick and `default` before it where it starts after tick 0."""
     if not len(table) or table["tick"][0] > 0:
         table = np.concatenate([default, table])
+    if len(table) == 1:
+        return table
     again = np.flatnonzero(np.diff(table["tick"]) == 0)
     counts[f"same_tick_{kind}"] += int((table[again] != table[again + 1]).sum())
     return np.delete(table, again)

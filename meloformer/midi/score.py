@@ -78,9 +78,9 @@ def note_order(track: np.ndarray, second: np.ndarray, third: np.ndarray, *ties: 
     Much faster than np.lexsort, for three keys of usual size are packed into one number, and readers hand over
     tracks that are almost sorted.
     """
-    keys = [np.asarray(key, dtype=np.int64) for key in (track, second, third)]
-    bits = [int(key.max(initial=0)).bit_length() for key in keys]
-    if sum(bits) > 63 or min(int(key.min(initial=0)) for key in keys) < 0:
+    keys = [np.ascontiguousarray(key, dtype=np.int64) for key in (track, second, third)]
+    bits = [int(key.view(np.uint64).max(initial=0)).bit_length() for key in keys]  # 64 where one is negative
+    if sum(bits) > 63:
         return np.lexsort((*ties[::-1], third, second, track))
     packed = (keys[0] << (bits[1] + bits[2])) | (keys[1] << bits[2]) | keys[2]
     if (packed[1:] > packed[:-1]).all():
