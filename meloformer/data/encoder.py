@@ -62,7 +62,7 @@ class Encoder:
         name, config = source.name, self.config
         step = UNREADABLE
         try:
-            score = read_score(source.path)
+            score = read_score(source.path, config.sustain_pedal)
             step = UNENCODABLE
             encoding = self.tokenizer.encode_fully(score)
         except MidiError as error:

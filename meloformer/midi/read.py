@@ -41,6 +41,7 @@ from pathlib import Path
 import numpy as np
 
 from meloformer.midi.chunks import RESAVE, events, is_broken, tidy, track_chunks
+from meloformer.midi.pedal import extend_sustained
 from meloformer.midi.score import (
     DEFAULT_METER,
     DEFAULT_QPM,
@@ -63,9 +64,14 @@ MICROSECONDS_PER_MINUTE = 60_000_000
 MAX_DENOMINATOR = 128
 
 
-def read_score(path: str | Path) -> Score:
-    """Read a MIDI file; `MidiError`, one line, if it holds no readable music."""
+def read_score(path: str | Path, sustain_pedal: str = "ignore") -> Score:
+    """Read a MIDI file; `MidiError`, one line, if it holds no readable music. sustain_pedal: "ignore" or "extend"."""
     data, counts = tidy(path)
+    score = _read(path, data, counts)
+    return extend_sustained(score, data) if sustain_pedal == "extend" else score
+
+
+def _read(path: str | Path, data: bytes, counts: Counter) -> Score:
     if symusic is None:
         return _with_miditoolkit(path, data, counts)
     try:
@@ -217,24 +223,24 @@ def _with_miditoolkit(path: str | Path, data: bytes, counts: Counter) -> Score:
     counts = counts.copy()
     parsed = _parse_with_mido(path, data, counts)
     tracks, tables = [], []
-    for events in parsed.tracks:
-        parts = _notes_by_part(events, counts)
+    for track in parsed.tracks:
+        parts = _notes_by_part(track, counts)
         for channel, program in sorted(parts):
             rows = parts[channel, program]
             tables.append(np.array([(len(tracks), *row) for row in rows], dtype=NOTE_DTYPE))
-            tracks.append(Track(program, channel == 9, _name(events)))
+            tracks.append(Track(program, channel == 9, _name(track)))
     notes = np.concatenate(tables) if tables else np.empty(0, dtype=NOTE_DTYPE)
     return _finish(path, parsed.ticks_per_beat, tracks, notes, *_meta_events_of_mido(parsed), counts)
 
 
-def _notes_by_part(events, counts: Counter) -> dict[tuple[int, int], list[tuple[int, int, int, int]]]:
+def _notes_by_part(track, counts: Counter) -> dict[tuple[int, int], list[tuple[int, int, int, int]]]:
     """{(channel, program): [(onset, duration, pitch, velocity)]} of one track of the file."""
     parts = defaultdict(list)
     program = [0] * 16
     sounding = defaultdict(deque)  # (channel, pitch) -> (onset, velocity, program), oldest first
     pressed = [False] * 16
     tick = 0
-    for event in events:
+    for event in track:
         tick += event.time
         if event.type == "note_on" and event.velocity > 0:
             sounding[event.channel, event.note].append((tick, event.velocity, program[event.channel]))
@@ -254,9 +260,9 @@ def _notes_by_part(events, counts: Counter) -> dict[tuple[int, int], list[tuple[
     return parts
 
 
-def _name(events) -> str:
+def _name(track) -> str:
     """The last name of a track, as symusic has it; mido reads latin-1, most files of today are UTF-8."""
-    names = [event.name for event in events if event.type == "track_name"]
+    names = [event.name for event in track if event.type == "track_name"]
     raw = names[-1].encode("latin-1", "replace") if names else b""
     try:
         return raw.decode("utf-8")
