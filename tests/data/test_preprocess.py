@@ -19,6 +19,7 @@ from meloformer.hid import Tokenizer, Vocabulary
 from meloformer.midi import Score, Track, note_table, read_score, write_midi
 from tests.conftest import ROOT
 from tests.data.music import make_score, write_folder
+from tests.data.mutate import mutate
 
 
 def run(input, output, **settings) -> None:
@@ -277,3 +278,29 @@ def test_an_encoder_never_raises_for_what_a_file_holds(tmp_path):
         (tmp_path / "b.mid").write_bytes(broken[: None if i % 2 else int(rng.integers(14, len(data)))])
         result = encoder(Source(str(tmp_path / "b.mid"), "b.mid"))
         assert getattr(result, "reason", "") != CRASHED, result
+
+
+def test_mutated_real_files_are_encoded_or_named(real_midi, tmp_path):
+    """The short version of benchmarks/fuzz_preprocess.py."""
+    rng = np.random.default_rng(3)
+    originals = sorted(path for path in real_midi.rglob("*.mid") if path.stat().st_size < 30_000)[::7]
+    folder = tmp_path / "midi"
+    folder.mkdir()
+    for i in range(300):
+        (folder / f"{i:03d}.mid").write_bytes(mutate(originals[i % len(originals)].read_bytes(), rng))
+    run(folder, tmp_path / "out", workers=2, dedup=False, min_notes=1, min_bars=1)
+    corpus = Corpus(tmp_path / "out")
+    reasons = [reason for _, reason in rejected(tmp_path / "out")]
+    assert corpus.num_pieces + len(reasons) == 300 and corpus.num_pieces > 20 and len(reasons) > 100
+    assert set(reasons) <= {"unreadable", "unencodable", "few_notes", "few_bars", "many_bars"}
+    for i in range(corpus.num_pieces):
+        Tokenizer().validate(corpus.piece(i))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a file that hangs whoever reads it")
+def test_a_file_that_hangs_costs_that_file_only(tmp_path):
+    folder = write_folder(tmp_path / "midi", range(4))
+    os.mkfifo(folder / "piece001 hangs.mid")
+    run(folder, tmp_path / "out", workers=2, file_timeout=0.7)
+    assert rejected(tmp_path / "out") == [("piece001 hangs.mid", "timeout")]
+    assert Corpus(tmp_path / "out").num_pieces == 4
