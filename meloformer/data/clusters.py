@@ -21,6 +21,7 @@ that equal ones meet in one file; what each file finds, pairs of pieces, is deal
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -50,12 +51,18 @@ def bar_shingles(encoding: Encoding) -> np.ndarray:
     num_notes = np.diff(first, append=len(pitch))
     lowest = np.minimum.reduceat(pitch, first)
     highest = np.maximum.reduceat(pitch, first)
-    notes = (encoding.onset_in_bar << 8) | (pitch - np.repeat(lowest, num_notes))
+    notes = (encoding.onset_in_bar << 7) | (pitch - np.repeat(lowest, num_notes))
     with np.errstate(over="ignore"):  # a sum of hashes: the order of the notes does not matter
-        sums = np.add.reduceat(mix(notes.astype(np.uint64)), first)
+        sums = np.add.reduceat(_mixed(int(notes.max()).bit_length())[notes], first)
     telling = (num_notes >= MIN_NOTES) & (highest > lowest)
     telling &= encoding.score.instruments[encoding.segment_track] != DRUMS
     return np.unique(mix(sums[telling]))
+
+
+@cache
+def _mixed(bits: int) -> np.ndarray:
+    """`mix` of every number of so many bits: a table, for notes are many and of few kinds."""
+    return mix(np.arange(1 << bits, dtype=np.uint64))
 
 
 def cluster(contents: np.ndarray, shingles: Iterable[np.ndarray], work: Path, rows: int = ROWS) -> np.ndarray:

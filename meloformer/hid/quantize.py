@@ -67,8 +67,10 @@ def quantize(score: Score, vocabulary: Vocabulary) -> Score:
     notes = _notes_on_grid(score, resolution, counts)
     last_onset = int(notes.onset.max(initial=0))
     meters = _meters_on_grid(score, vocabulary, last_onset, counts)
-    notes = _drop_stray(notes, meters, resolution, counts)
-    num_bars = int(_bar_of(notes.onset.max(initial=0, keepdims=True), meters, resolution)[0]) + 1
+    last_bar = int(_bar_of(np.array([last_onset]), meters, resolution)[0])
+    if last_bar > STRAY_GAP_BARS:
+        notes, last_bar = _drop_stray(notes, meters, resolution, counts)
+    num_bars = last_bar + 1
     if num_bars > MAX_BARS:
         raise MidiError(f"the piece has {num_bars:,} bars; at most {MAX_BARS:,} are read, so the file looks damaged")
     notes = _unique(notes, counts)
@@ -132,21 +134,16 @@ def _notes_on_grid(score: Score, resolution: int, counts: Counter) -> _Notes:
     return notes._replace(onset=onset, duration=np.maximum(end - onset, 1))
 
 
-def _drop_stray(notes: _Notes, meters: np.ndarray, resolution: int, counts: Counter) -> _Notes:
-    num_notes = len(notes.onset)
-    if not num_notes:
-        return notes
-    bars = _bar_of(notes.onset, meters, resolution)
-    if bars.max() <= STRAY_GAP_BARS:
-        return notes
-    ordered = np.sort(bars)
-    after_gap = np.flatnonzero(np.diff(ordered) > STRAY_GAP_BARS) + 1
-    few = after_gap[num_notes - after_gap <= STRAY_SHARE * num_notes]
+def _drop_stray(notes: _Notes, meters: np.ndarray, resolution: int, counts: Counter) -> tuple[_Notes, int]:
+    """The notes that stay, and the bar of the last of them."""
+    ordered = np.sort(notes.onset)
+    bars = _bar_of(ordered, meters, resolution)
+    after_gap = np.flatnonzero(bars[1:] - bars[:-1] > STRAY_GAP_BARS) + 1
+    few = after_gap[len(bars) - after_gap <= STRAY_SHARE * len(bars)]
     if not len(few):
-        return notes
-    stray = bars >= ordered[few[0]]
-    counts["stray_notes"] += int(stray.sum())
-    return notes.take(~stray)
+        return notes, int(bars[-1])
+    counts["stray_notes"] += len(bars) - int(few[0])
+    return notes.take(notes.onset < ordered[few[0]]), int(bars[few[0] - 1])
 
 
 def _unique(notes: _Notes, counts: Counter) -> _Notes:

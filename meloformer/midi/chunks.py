@@ -38,7 +38,8 @@ DISGUISES = (
 def tidy(path: str | Path) -> tuple[bytes, Counter]:
     """The file with its MTrk chunks alone and their true number in the header, and counts; MidiError if not MIDI."""
     try:
-        data = Path(path).read_bytes()
+        with open(path, "rb", buffering=0) as file:
+            data = file.readall()
     except OSError as error:
         raise MidiError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     if data[:4] != b"MThd":

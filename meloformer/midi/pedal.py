@@ -67,8 +67,8 @@ def _walk(data: bytes) -> tuple[list[tuple[int, int, int]], list[tuple[int, int,
                     parts.add((number, channel, sounding[channel, track[at]].popleft()))
             elif kind == 0xC:
                 program[channel] = track[at]
-            elif kind == 0xB and track[at] == SUSTAIN:
-                presses.append((tick, channel, track[at + 1] >= HALF))
+            elif kind == 0xB and track[at] == SUSTAIN:  # a damaged file may state times beyond 64 bits
+                presses.append((min(tick, 1 << 40), channel, track[at + 1] >= HALF))
     presses.sort(key=lambda press: press[0])  # stable: what stands first in the file comes first
     return sorted(parts), presses
 

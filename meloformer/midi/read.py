@@ -51,6 +51,7 @@ from meloformer.midi.score import (
     MidiError,
     Score,
     Track,
+    note_order,
     note_table,
 )
 
@@ -60,6 +61,7 @@ except ImportError:  # no wheel for this platform: everything works, fifty times
     symusic = None
 
 MAX_TICK = 2**31 - 1  # symusic holds times in 32 bits
+TOO_LATE = MAX_TICK + 1  # a damaged file may state times beyond 64 bits; they are held to this and refused in the end
 MICROSECONDS_PER_MINUTE = 60_000_000
 MAX_DENOMINATOR = 128
 
@@ -129,15 +131,25 @@ def _with_symusic(path: str | Path, data: bytes, counts: Counter) -> Score:
             sounding.append(track.notes.numpy())
             sizes.append(len(track.notes))
             tracks.append(Track(int(track.program), bool(track.is_drum), track.name))
-    notes = np.empty(sum(sizes), dtype=NOTE_DTYPE)
-    if tracks:
-        notes["track"] = np.repeat(np.arange(len(tracks)), sizes)
-        for field, column in (("onset", "time"), ("duration",) * 2, ("pitch",) * 2, ("velocity",) * 2):
-            notes[field] = np.concatenate([columns[column] for columns in sounding])
+    columns = {name: np.concatenate([part[name] for part in sounding]) for name in _COLUMNS} if tracks else {}
+    notes = _notes(np.repeat(np.arange(len(tracks)), sizes), **columns)
     meters, tempos = parsed.time_signatures.numpy(), parsed.tempos.numpy()
     if _order_was_lost(meters) or _order_was_lost(tempos):
         meters, tempos = _meta_events(data)
     return _finish(path, parsed.ticks_per_quarter, tracks, notes, meters, tempos, counts)
+
+
+_COLUMNS = ("time", "duration", "pitch", "velocity")  # as symusic names them
+_NONE = np.zeros(0, dtype=np.int64)
+
+
+def _notes(track: np.ndarray, time=_NONE, duration=_NONE, pitch=_NONE, velocity=_NONE) -> np.ndarray:
+    """The columns as a sorted note table; sorted before they become rows, for rows are slow to move."""
+    order = note_order(track, time, pitch, duration)
+    notes = np.empty(len(track), dtype=NOTE_DTYPE)
+    for name, column in zip(NOTE_DTYPE.names, (track, time, duration, pitch, velocity)):
+        notes[name] = column if order is None else column[order]
+    return notes
 
 
 def _order_was_lost(events: dict[str, np.ndarray]) -> bool:
@@ -156,9 +168,9 @@ def _meta_events(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, np.ndarr
             continue
         for tick, status, at, size in events(track):
             if status == 0xFF58 and size == 4:
-                meters.append((tick, track[at], _denominator(1 << min(track[at + 1], 30))))
+                meters.append((min(tick, TOO_LATE), track[at], _denominator(1 << min(track[at + 1], 30))))
             elif status == 0xFF51 and size == 3:
-                tempos.append((tick, int.from_bytes(track[at : at + 3], "big")))
+                tempos.append((min(tick, TOO_LATE), int.from_bytes(track[at : at + 3], "big")))
     return _by_time(meters, tempos)
 
 
@@ -211,7 +223,7 @@ def _meta_events_of_mido(parsed) -> tuple[dict[str, np.ndarray], dict[str, np.nd
     for track in parsed.tracks:
         tick = 0
         for event in track:
-            tick += event.time
+            tick = min(tick + event.time, TOO_LATE)
             if event.type == "time_signature":
                 meters.append((tick, event.numerator, _denominator(event.denominator)))
             elif event.type == "set_tempo":
@@ -229,7 +241,7 @@ def _with_miditoolkit(path: str | Path, data: bytes, counts: Counter) -> Score:
             rows = parts[channel, program]
             tables.append(np.array([(len(tracks), *row) for row in rows], dtype=NOTE_DTYPE))
             tracks.append(Track(program, channel == 9, _name(track)))
-    notes = np.concatenate(tables) if tables else np.empty(0, dtype=NOTE_DTYPE)
+    notes = note_table(np.concatenate(tables) if tables else ())
     return _finish(path, parsed.ticks_per_beat, tracks, notes, *_meta_events_of_mido(parsed), counts)
 
 
@@ -241,7 +253,7 @@ def _notes_by_part(track, counts: Counter) -> dict[tuple[int, int], list[tuple[i
     pressed = [False] * 16
     tick = 0
     for event in track:
-        tick += event.time
+        tick = min(tick + event.time, TOO_LATE)
         if event.type == "note_on" and event.velocity > 0:
             sounding[event.channel, event.note].append((tick, event.velocity, program[event.channel]))
         elif event.type in ("note_on", "note_off"):
@@ -274,17 +286,19 @@ def _name(track) -> str:
 
 
 def _finish(path, ticks_per_quarter, tracks, notes, meters, tempos, counts) -> Score:
-    times = [notes["onset"], notes["onset"] + notes["duration"], meters["time"], tempos["time"]]
-    if any(len(t) and (t.min() < 0 or t.max() > MAX_TICK) for t in times):
-        raise MidiError(f"{path}: a time beyond {MAX_TICK} ticks, so the file is damaged; {RESAVE}")
-    zero = notes["duration"] == 0
-    notes["duration"][zero] = 1
-    counts["zero_duration"] += int(zero.sum())
+    duration = np.ascontiguousarray(notes["duration"])
+    for times in (notes["onset"], notes["onset"] + duration, meters["time"], tempos["time"]):
+        if len(times) and not 0 <= int(times.min()) <= int(times.max()) <= MAX_TICK:
+            raise MidiError(f"{path}: a time beyond {MAX_TICK} ticks, so the file is damaged; {RESAVE}")
+    num_zero = len(duration) - int(np.count_nonzero(duration))
+    if num_zero:
+        notes["duration"] = np.maximum(duration, 1)
+        counts["zero_duration"] += num_zero
     counts["no_meter"] += not len(meters["time"])
     return Score(
         int(ticks_per_quarter),
         tracks,
-        note_table(notes),
+        notes,
         _meter_map(meters, counts),
         _tempo_map(tempos, counts),
         counts=+counts,
