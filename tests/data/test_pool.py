@@ -36,7 +36,7 @@ class Odd:
         elif what == "leave":
             os._exit(5)
         elif what == "eat":
-            return str(len([np.ones(1 << 24) for _ in range(100)]))
+            return str(np.ones(1 << 28).sum())  # two gigabytes
         elif what == "once" and (self.folder / task).read_text() == "x":
             os.kill(os.getpid(), signal.SIGSEGV)
         elif what == "slow":
