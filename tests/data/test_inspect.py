@@ -38,7 +38,7 @@ def test_a_file_shows_its_tracks_and_what_the_grid_would_lose(tmp_path):
     text = describe_file(tmp_path / "a.mid", 24)
     assert words(text, str(tmp_path))[1:7] == ["5", "notes,", "3", "bars,", "34", "tokens,"]
     assert words(text, "0 ") == ["0", "Fiddle?", "40", "Violin", "2", "3", "60-64"]
-    assert words(text, "1 ") == ["1", "drums", "1", "2", "36-36"]
+    assert words(text, "1    ") == ["1", "drums", "1", "2", "36-36"]
     assert words(text, "1  durations cut")[0] == "1"
 
 
