@@ -50,7 +50,9 @@ def load(cls: type[S], argv: Sequence[str] | None = None, description: str | Non
     return cls.from_values({**values, **given}, "command line")
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Errors are a UserError of one line."""
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; --help lists every flag")
 
@@ -72,7 +74,7 @@ def _spell_flags(cls: type[Settings], words: list[str]) -> list[str]:
 
 
 def _parser(cls: type[Settings], description: str | None) -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         description=description or cls.__doc__,
         usage="%(prog)s [--config FILE] [--flag VALUE ...] [key=value ...]",
         epilog="Hyphens and underscores are the same in a flag. A key in a section is also written section.key=value.",

@@ -252,7 +252,15 @@ class PreprocessConfig(Settings):
     min_bars: int = option(2, "a piece with fewer bars is rejected")
     max_bars: int = option(2048, "a piece with more bars is rejected")
     resolution: int = option(24, "ticks of the token grid in a quarter note, a multiple of 4")
+    sustain_pedal: Literal["ignore", "extend"] = option(
+        "ignore", "extend lets a note sound until the pedal that holds it is lifted"
+    )
     dedup: bool = option(True, "keep one of several pieces with the same content")
+    part: str | None = option(
+        None, "i/n: only the i-th of n shares of the input; meloformer.data.merge joins them", shown="all of it"
+    )
+    file_timeout: float = option(60.0, "seconds for one file; one that takes longer, twice, is rejected")
+    file_memory: int = option(2048, "megabytes for one file; one that needs more, twice, is rejected")
 
     def validate(self) -> None:
         for name in ("workers", "shard_size", "limit", "min_notes", "min_bars", "max_bars"):
@@ -262,6 +270,16 @@ class PreprocessConfig(Settings):
         self.require(self.max_bars >= self.min_bars, "max_bars", self.max_bars, bars, "lower --min_bars")
         good = self.resolution % 4 == 0 and 4 <= self.resolution <= 96
         self.require(good, "resolution", self.resolution, "a multiple of 4 from 4 to 96", "24 is the default")
+        self.require(self.file_timeout > 0, "file_timeout", self.file_timeout, "above 0", "60 is the default")
+        self.require(self.file_memory >= 64, "file_memory", self.file_memory, "at least 64", "2048 is the default")
+        i, n = self.share
+        self.require(1 <= i <= n, "part", self.part, "i/n with i from 1 to n, such as 2/4", "leave it out for all")
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """(i, n) of `part`; (1, 1) for the whole input, (0, 0) for what is no part."""
+        i, slash, n = (self.part or "1/1").partition("/")
+        return (int(i), int(n)) if slash and i.isdecimal() and n.isdecimal() else (0, 0)
 
 
 @dataclass(kw_only=True)

@@ -6,7 +6,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
 def sync_directory(path: str | Path) -> None:
@@ -18,13 +21,14 @@ def sync_directory(path: str | Path) -> None:
         os.close(handle)
 
 
-def write_atomic(path: str | Path, data: bytes) -> None:
-    """Write `data` so that `path` holds either its old content or all of the new, whatever happens meanwhile."""
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write; `path` holds its old content until the block ends well, then all of the new."""
     path = Path(path)
     aside = path.with_name(f".{path.name}.tmp")
     try:
         with open(aside, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
@@ -32,3 +36,9 @@ def write_atomic(path: str | Path, data: bytes) -> None:
         aside.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
+
+
+def write_atomic(path: str | Path, data: bytes) -> None:
+    """Write `data` so that `path` holds either its old content or all of the new, whatever happens meanwhile."""
+    with atomic_file(path) as file:
+        file.write(data)

@@ -1,27 +1,33 @@
 """Near-duplicates: pieces that share more than 30 % of their bars, in whatever key, are one cluster.
 
-`bar_shingles(tokens, vocabulary)` gives the distinct bars of a piece as uint64 hashes; `cluster(contents, shingles)`
-names each piece's cluster by the smallest content hash in it.
+`bar_shingles(encoding)` gives the distinct bars of a piece as uint64 hashes; `cluster(contents, shingles,
+work)` names each piece's cluster by the smallest content hash in it.
 
+>>> from tempfile import TemporaryDirectory
 >>> a, b = np.arange(1, 11, dtype=np.uint64), np.arange(6, 16, dtype=np.uint64)       # half their bars are shared
->>> cluster(np.array([30, 20, 10], dtype=np.uint64), [a, b, a + np.uint64(100)]).tolist()
+>>> with TemporaryDirectory() as work:
+...     cluster(np.array([30, 20, 10], dtype=np.uint64), [a, b, a + np.uint64(100)], Path(work)).tolist()
 [20, 20, 10]
 
 A shingle is one bar of one pitched track: its set of (onset in the bar, semitones above the bar's lowest note), so
 another key, other instruments, velocities, durations, tempo, track order and added parts do not hide a copy. The
 surprise: bars that many pieces have (an ostinato of eighths, a scale) say nothing and are left out, or they would
 chain half a corpus into one cluster.
+
+Memory: about 30 bytes a piece, and one bucket of bars. The bars are dealt out by their hash into files in `work`, so
+that equal ones meet in one file; what each file finds, pairs of pieces, is dealt out again and added up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 
 from meloformer.data.draws import mix
-from meloformer.hid.annotate import annotate
-from meloformer.hid.vocabulary import Family, Vocabulary
+from meloformer.hid.tokenizer import Encoding
 from meloformer.midi.score import DRUMS
 
 SHARED = 0.3  # of the distinct bars of either piece
@@ -30,62 +36,159 @@ MIN_SHARED_BARS = 4
 COMMON_PIECES = 16  # a bar that more pieces have is common property,
 COMMON_SHARE = 1 / 200  # or, in a large corpus, more than this share of the pieces: a hit has dozens of versions
 NEIGHBOURS = 16  # of the pieces with a bar, in order of content hash, each is compared with so many; keeps it linear
+ROWS = 1 << 16  # rows in memory at once; a bucket has about so many, but of 1,024 files none is more than its share
+MAX_BUCKETS = 1024
+_BAR = np.dtype([("bar", np.uint64), ("piece", np.int32)])
+_PAIR = np.dtype([("pair", np.int64), ("shared", np.int32)])
 
 
-def bar_shingles(tokens: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
-    """(n,) uint64, sorted, distinct: hashes of the bars of the pitched tracks of a stream without fills."""
-    a = annotate(tokens, vocabulary)
-    value = vocabulary.value_of[tokens]
-    at = np.flatnonzero((a.type == Family.PITCH) & (a.instrument != DRUMS))
-    if not len(at):
+def bar_shingles(encoding: Encoding) -> np.ndarray:
+    """(n,) uint64, sorted, distinct: hashes of the bars of the pitched tracks of a piece."""
+    first = encoding.segment_first
+    if not len(first):
         return np.zeros(0, dtype=np.uint64)
-    bar = a.segment[at]
-    first = np.flatnonzero(np.diff(bar, prepend=-1))
-    num_notes = np.diff(first, append=len(at))
-    lowest = np.minimum.reduceat(value[at], first)
-    highest = np.maximum.reduceat(value[at], first)
-    onset = value[a.type == Family.TIME][a.onset[at]]
-    notes = (onset << 8) | (value[at] - np.repeat(lowest, num_notes))
+    pitch = encoding.score.notes["pitch"].astype(np.int64)
+    num_notes = np.diff(first, append=len(pitch))
+    lowest = np.minimum.reduceat(pitch, first)
+    highest = np.maximum.reduceat(pitch, first)
+    notes = (encoding.onset_in_bar << 7) | (pitch - np.repeat(lowest, num_notes))
     with np.errstate(over="ignore"):  # a sum of hashes: the order of the notes does not matter
-        sums = np.add.reduceat(mix(notes.astype(np.uint64)), first)
-    return np.unique(mix(sums)[(num_notes >= MIN_NOTES) & (highest > lowest)])
+        sums = np.add.reduceat(_mixed(int(notes.max()).bit_length())[notes], first)
+    telling = (num_notes >= MIN_NOTES) & (highest > lowest)
+    telling &= encoding.score.instruments[encoding.segment_track] != DRUMS
+    return np.unique(mix(sums[telling]))
 
 
-def cluster(contents: np.ndarray, shingles: Sequence[np.ndarray]) -> np.ndarray:
-    """(pieces,) uint64 cluster ids, from content hashes and `bar_shingles` of each piece."""
-    distinct, first, inverse = np.unique(contents, return_index=True, return_inverse=True)
-    groups = _linked([shingles[i] for i in first])
-    # `distinct` rises, so the first member of a group has its smallest hash.
-    return distinct[groups][inverse]
+@cache
+def _mixed(bits: int) -> np.ndarray:
+    """`mix` of every number of so many bits: a table, for notes are many and of few kinds."""
+    return mix(np.arange(1 << bits, dtype=np.uint64))
 
 
-def _linked(shingles: list[np.ndarray]) -> np.ndarray:
-    """(pieces,) smallest piece number in each piece's group."""
-    num_pieces = len(shingles)
-    parent = np.arange(num_pieces)
-    piece = np.repeat(parent, [len(s) for s in shingles])
-    bars = np.concatenate([np.zeros(0, dtype=np.uint64), *shingles])
-    order = np.argsort(bars, kind="stable")  # equal bars stand together, their pieces rising
-    bars, piece = bars[order], piece[order]
-    _, group, size = np.unique(bars, return_inverse=True, return_counts=True)
-    rare = size[group] <= max(COMMON_PIECES, num_pieces * COMMON_SHARE)
-    bars, piece = bars[rare], piece[rare]
-    num_bars = np.bincount(piece, minlength=num_pieces)
+def cluster(contents: np.ndarray, shingles: Iterable[np.ndarray], work: Path, rows: int = ROWS) -> np.ndarray:
+    """(pieces,) uint64 cluster ids, from content hashes and `bar_shingles` of each piece.
+
+    Of pieces with the same content one has to give its shingles, the others may be empty. `work` is an empty folder.
+    """
+    distinct = np.unique(contents)
+    # Pieces are numbered by their content hash, so the order in which they come does not matter.
+    groups = _linked(
+        _numbered(np.searchsorted(distinct, contents).astype(np.int32), shingles), len(distinct), work, rows
+    )
+    return distinct[groups][np.searchsorted(distinct, contents)]
+
+
+def _numbered(numbers: np.ndarray, shingles: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Tables of _BAR rows, of one piece each; the first that has any speaks for its content."""
+    given = np.zeros(numbers.max(initial=-1) + 1, dtype=bool)
+    for number, bars in zip(numbers.tolist(), shingles):
+        if given[number] or not len(bars):
+            continue
+        given[number] = True
+        table = np.empty(len(bars), dtype=_BAR)
+        table["bar"], table["piece"] = bars, number
+        yield table
+
+
+def _linked(tables: Iterable[np.ndarray], num_pieces: int, work: Path, rows: int) -> np.ndarray:
+    """(num_pieces,) smallest piece number in each piece's group."""
+    common = max(COMMON_PIECES, num_pieces * COMMON_SHARE)
+    num_bars = np.zeros(num_pieces, dtype=np.int32)
+    bars = _Buckets(work, "bars", _BAR, "bar", rows)
+    for table in tables:
+        bars.add(table)
+    pairs = _Buckets(work, "pairs", _PAIR, "pair", rows)
+    for table in bars.take():
+        pairs.add(_pairs_in(table, num_pieces, common, num_bars))
+    parent = np.arange(num_pieces, dtype=np.int64)
+    for table in pairs.take():
+        pair, inverse = np.unique(table["pair"], return_inverse=True)
+        shared = np.bincount(inverse, table["shared"])
+        one, other = np.divmod(pair, max(num_pieces, 1))
+        near = (shared >= MIN_SHARED_BARS) & (shared > SHARED * np.minimum(num_bars[one], num_bars[other]))
+        for a, b in zip(one[near].tolist(), other[near].tolist()):
+            a, b = _root(parent, a), _root(parent, b)
+            parent[max(a, b)] = min(a, b)
+    return np.array([_root(parent, i) for i in range(num_pieces)], dtype=np.int64)
+
+
+def _root(parent: np.ndarray, i: int) -> int:
+    while parent[i] != i:
+        parent[i] = parent[parent[i]]
+        i = int(parent[i])
+    return i
+
+
+def _pairs_in(table: np.ndarray, num_pieces: int, common: float, num_bars: np.ndarray) -> np.ndarray:
+    """_PAIR rows of the pieces that meet in these bars; adds each piece's bars that are not common to `num_bars`."""
+    table = table[np.lexsort((table["piece"], table["bar"]))]  # equal bars stand together, their pieces rising
+    bar, piece = table["bar"], table["piece"].astype(np.int64)
+    first = np.flatnonzero(np.concatenate(([True], bar[1:] != bar[:-1])))
+    size = np.diff(first, append=len(bar))
+    rare = np.repeat(size <= common, size)
+    bar, piece = bar[rare], piece[rare]
+    np.add.at(num_bars, piece, 1)
     pairs = [np.zeros(0, dtype=np.int64)]
     for distance in range(1, NEIGHBOURS + 1):
-        same = np.flatnonzero(bars[distance:] == bars[:-distance])
+        same = np.flatnonzero(bar[distance:] == bar[:-distance])
         pairs.append(piece[same] * num_pieces + piece[same + distance])
     pair, shared = np.unique(np.concatenate(pairs), return_counts=True)
-    one, other = np.divmod(pair, max(num_pieces, 1))
-    near = (shared >= MIN_SHARED_BARS) & (shared > SHARED * np.minimum(num_bars[one], num_bars[other]))
+    found = np.empty(len(pair), dtype=_PAIR)
+    found["pair"], found["shared"] = pair, shared
+    return found
 
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
 
-    for a, b in zip(one[near].tolist(), other[near].tolist()):
-        a, b = root(a), root(b)
-        parent[max(a, b)] = min(a, b)
-    return np.array([root(i) for i in range(num_pieces)], dtype=np.int64)
+class _Buckets:
+    """Rows dealt out into files by the hash of a key: rows of one key are in one file.
+
+    Starts with one file; whenever the mean exceeds `rows`, every file is cut in two by the next bit of the hash.
+    """
+
+    def __init__(self, work: Path, name: str, dtype: np.dtype, key: str, rows: int):
+        self.work, self.name, self.dtype, self.key, self.rows = work, name, dtype, key, rows
+        self.num_files, self.num_rows = 1, 0
+        self._held: list[np.ndarray] = []
+        self._num_held = 0
+
+    def _path(self, number: int) -> Path:
+        return self.work / f"{self.name}-{number:04d}"
+
+    def add(self, table: np.ndarray) -> None:
+        self._held.append(table)
+        self._num_held += len(table)
+        if self._num_held >= self.rows:
+            self._spill()
+
+    def _spill(self) -> None:
+        table = np.concatenate([np.zeros(0, self.dtype), *self._held])
+        self._held, self._num_held = [], 0
+        self.num_rows += len(table)
+        self._deal(table, range(self.num_files))
+        while self.num_rows > self.num_files * self.rows and self.num_files < MAX_BUCKETS:
+            self.num_files *= 2
+            for number in range(self.num_files // 2):
+                if self._path(number).exists():
+                    whole = self._path(number).rename(self.work / f"{self.name}-whole")
+                    for start in range(0, whole.stat().st_size // self.dtype.itemsize, self.rows):
+                        rows = np.fromfile(whole, self.dtype, self.rows, offset=start * self.dtype.itemsize)
+                        self._deal(rows, (number, number + self.num_files // 2))
+                    whole.unlink()
+
+    def _deal(self, table: np.ndarray, numbers: Iterable[int]) -> None:
+        bucket = (mix(table[self.key].astype(np.uint64)) % np.uint64(self.num_files)).astype(np.int64)
+        order = np.argsort(bucket, kind="stable")
+        table, bucket = table[order], bucket[order]
+        for number in numbers:
+            first, last = np.searchsorted(bucket, (number, number + 1))
+            if last > first:
+                with open(self._path(number), "ab") as file:
+                    file.write(table[first:last].data)
+
+    def take(self) -> Iterator[np.ndarray]:
+        """The rows, file by file; each file is removed."""
+        self._spill()
+        for number in range(self.num_files):
+            if self._path(number).exists():
+                table = np.fromfile(self._path(number), self.dtype)
+                self._path(number).unlink()
+                yield table

@@ -20,16 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from meloformer.data.shards import (
-    FORMAT_VERSION,
-    REMEDY,
-    DataError,
-    MappedArrays,
-    SegmentTable,
-    Shard,
-    checksum,
-    content_hash,
-)
+from meloformer.data.arrays import FORMAT_VERSION, DataError, MappedArrays, checksum
+from meloformer.data.shards import REMEDY, SegmentTable, Shard, content_hash
 from meloformer.hid.vocabulary import Vocabulary
 
 META, INDEX, REJECTED = "meta.json", "index.safetensors", "rejected.jsonl"
@@ -43,6 +35,7 @@ INDEX_DTYPES = {
     "num_tracks": np.dtype(np.int32),
     "num_notes": np.dtype(np.int32),
     "num_track_bars": np.dtype(np.int32),
+    "seconds": np.dtype(np.float64),
     "content_hash": np.dtype(np.uint64),
     "cluster": np.dtype(np.uint64),
 }
@@ -145,3 +138,8 @@ class Corpus:
     def name(self, piece: int) -> str:
         shard, row = self._locate(piece)
         return shard.names[row]
+
+    def changes(self, piece: int) -> dict[str, int]:
+        """What the token grid changed or could not hold in one piece, by the rule's name."""
+        shard, row = self._locate(piece)
+        return shard.changes(row)

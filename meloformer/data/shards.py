@@ -1,41 +1,37 @@
 """The files of a preprocessed corpus: deterministic safetensors, read through memory maps.
 
 A shard holds the token streams of many pieces end to end, with their segment tables (a segment is a bar of one
-track that has notes):
+track that has notes) and what the token grid changed in each:
 
     tokens uint16 (T,)                  piece_offsets int64 (P + 1,)           into tokens
     segment_offset uint32 (S,)          segment_offsets int64 (P + 1,)         into the segment table
     segment_bar uint16 (S,)             segment_track uint16 (S,)              segment_instrument uint8 (S,)
+    change_rule uint8 (C,)              change_count uint32 (C,)               change_offsets int64 (P + 1,)
 
 segment_offset is the position of the segment's BAR inside its piece. The header carries the format version, the
-vocabulary's hash and the pieces' names.
+vocabulary's hash, the pieces' names, and the names of the rules (see hid.quantize and midi.read).
 
 >>> path = "/tmp/shard-00000.safetensors"
->>> sha256 = write_shard(path, [Piece("a.mid", np.array([1, 2]), *EMPTY_SEGMENTS)], "0123456789abcdef")
+>>> piece = Piece("a.mid", np.array([1, 2]), *EMPTY_SEGMENTS, {"overlaps": 3})
+>>> sha256, size = write_shard(path, [piece], "0123456789abcdef")
 >>> shard = Shard(path, "0123456789abcdef")
->>> shard.tokens(0).tolist(), shard.names, shard.num_segments
-([1, 2], ['a.mid'], 0)
+>>> shard.tokens(0).tolist(), shard.names, shard.num_segments, shard.changes(0)
+([1, 2], ['a.mid'], 0, {'overlaps': 3})
 
-The surprise: safetensors writes its metadata in a random order, one process to the next, so everything this
-format has to say stands in one metadata entry, as JSON.
+The surprise: a shard of any size is written in the same memory, for `ShardWriter` keeps only the pieces' names.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import safetensors.numpy
 
-from meloformer.errors import UserError
-from meloformer.files import write_atomic
+from meloformer.data.arrays import FORMAT_VERSION, ArrayWriter, MappedArrays
 
-FORMAT_VERSION = 1
-METADATA_KEY = "meloformer"
 SHARD_DTYPES = {
     "tokens": np.dtype(np.uint16),
     "piece_offsets": np.dtype(np.int64),
@@ -44,25 +40,16 @@ SHARD_DTYPES = {
     "segment_bar": np.dtype(np.uint16),
     "segment_track": np.dtype(np.uint16),
     "segment_instrument": np.dtype(np.uint8),
+    "change_offsets": np.dtype(np.int64),
+    "change_rule": np.dtype(np.uint8),
+    "change_count": np.dtype(np.uint32),
 }
 MAX_BARS = MAX_TRACKS = 1 << 16  # what the columns of the segment table hold
-_SAFETENSORS_DTYPES = {
-    "U8": np.uint8,
-    "U16": np.uint16,
-    "U32": np.uint32,
-    "U64": np.uint64,
-    "I32": np.int32,
-    "I64": np.int64,
-}
-_MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
-
-
-class DataError(UserError):
-    """A file of a corpus that is damaged, incomplete, or made by another vocabulary or format."""
+REMEDY = "copy it again from where it is whole, or remove the folder and preprocess the MIDI files again"
 
 
 class Piece(NamedTuple):
-    """What a shard stores of one piece; the last four are its segment table, (segments,) each."""
+    """What a shard stores of one piece; four columns are its segment table, (segments,) each."""
 
     name: str
     tokens: np.ndarray
@@ -70,6 +57,7 @@ class Piece(NamedTuple):
     segment_bar: np.ndarray
     segment_track: np.ndarray
     segment_instrument: np.ndarray
+    changes: Mapping[str, int] = {}  # how often which rule changed or dropped something
 
 
 class SegmentTable(NamedTuple):
@@ -88,15 +76,6 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}.safetensors"
 
 
-def checksum(path: str | Path) -> str:
-    """sha256 of a file, hex."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def content_hash(tokens: np.ndarray) -> int:
     """64 bits over a token stream; names a piece, and finds damage when it is read.
 
@@ -107,73 +86,52 @@ def content_hash(tokens: np.ndarray) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
-def write_arrays(path: str | Path, arrays: dict[str, np.ndarray], metadata: dict) -> str:
-    """One safetensors file, whole or absent, the same bytes for the same content; returns its sha256."""
-    text = json.dumps(metadata, ensure_ascii=False, separators=(",", ":"))
-    data = safetensors.numpy.save(arrays, metadata={METADATA_KEY: text})
-    write_atomic(path, data)
-    return hashlib.sha256(data).hexdigest()
+class ShardWriter:
+    """Takes pieces one by one; `close` puts the shard in its place, `discard` leaves nothing."""
+
+    def __init__(self, path: str | Path, vocabulary_hash: str):
+        self._arrays = ArrayWriter(path, SHARD_DTYPES)
+        self._vocabulary_hash = vocabulary_hash
+        self._names: list[str] = []
+        self._rules: dict[str, int] = {}
+        self._append_ends()
+
+    def _append_ends(self) -> None:
+        for offsets, column in (
+            ("piece_offsets", "tokens"),
+            ("segment_offsets", "segment_bar"),
+            ("change_offsets", "change_rule"),
+        ):
+            self._arrays.append(offsets, [self._arrays.length(column)])
+
+    def add(self, piece: Piece) -> None:
+        for name in ("tokens", "segment_offset", "segment_bar", "segment_track", "segment_instrument"):
+            self._arrays.append(name, getattr(piece, name))
+        rules = sorted(piece.changes)
+        self._arrays.append("change_rule", [self._rules.setdefault(rule, len(self._rules)) for rule in rules])
+        self._arrays.append("change_count", [piece.changes[rule] for rule in rules])
+        self._append_ends()
+        self._names.append(piece.name)
+
+    @property
+    def num_tokens(self) -> int:
+        return self._arrays.length("tokens")
+
+    def close(self) -> tuple[str, int]:
+        """The shard's sha256 and size in bytes."""
+        metadata = {"format": FORMAT_VERSION, "vocabulary": self._vocabulary_hash}
+        return self._arrays.close({**metadata, "rules": list(self._rules), "names": self._names})
+
+    def discard(self) -> None:
+        self._arrays.discard()
 
 
-class MappedArrays:
-    """A safetensors file as read-only arrays over a memory map: nothing is read until it is looked at.
-
-    `arrays` by name, `metadata` as it was given to `write_arrays`. DataError where the file is not whole.
-    """
-
-    def __init__(self, path: str | Path, remedy: str):
-        self.path = Path(path)
-        self.remedy = remedy
-        try:
-            data = np.memmap(self.path, dtype=np.uint8, mode="r")
-        except FileNotFoundError:
-            raise self.damaged("is missing") from None
-        except (OSError, ValueError) as error:
-            raise self.damaged(f"cannot be mapped ({error})") from None
-        size = int.from_bytes(data[:8].tobytes(), "little") if len(data) >= 8 else _MAX_HEADER
-        if size >= min(_MAX_HEADER, len(data)):
-            raise self.damaged("has no safetensors header")
-        try:
-            header = json.loads(data[8 : 8 + size].tobytes())
-            self.metadata = json.loads(header.pop("__metadata__")[METADATA_KEY])
-            self.arrays = {name: self._array(data, 8 + size, entry) for name, entry in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise self.damaged(f"has a header that cannot be read ({error})") from None
-        if self.metadata.get("format") != FORMAT_VERSION:
-            raise self.damaged(
-                f"has format {self.metadata.get('format')!r}, this code reads {FORMAT_VERSION}",
-                "preprocess the MIDI files again",
-            )
-
-    @staticmethod
-    def _array(data: np.ndarray, base: int, entry: dict) -> np.ndarray:
-        first, last = entry["data_offsets"]
-        values = data[base + first : base + last].view(_SAFETENSORS_DTYPES[entry["dtype"]])
-        return values.reshape(entry["shape"])  # ValueError where the file was cut short
-
-    def damaged(self, what: str, remedy: str = "") -> DataError:
-        return DataError(f"{self.path}: {what}; {remedy or self.remedy}")
-
-
-REMEDY = "copy it again from where it is whole, or remove the folder and preprocess the MIDI files again"
-
-
-def write_shard(path: str | Path, pieces: Sequence[Piece], vocabulary_hash: str) -> str:
-    """Write one shard; returns its sha256."""
-
-    def join(name: str) -> np.ndarray:
-        dtype = SHARD_DTYPES[name]
-        return np.concatenate([np.zeros(0, dtype), *(getattr(p, name).astype(dtype, copy=False) for p in pieces)])
-
-    def offsets(name: str) -> np.ndarray:
-        return np.concatenate(([0], np.cumsum([len(getattr(p, name)) for p in pieces], dtype=np.int64)))
-
-    columns = ("tokens", "segment_offset", "segment_bar", "segment_track", "segment_instrument")
-    arrays = {name: join(name) for name in columns}
-    arrays["piece_offsets"] = offsets("tokens").astype(np.int64)
-    arrays["segment_offsets"] = offsets("segment_offset").astype(np.int64)
-    metadata = {"format": FORMAT_VERSION, "vocabulary": vocabulary_hash, "names": [p.name for p in pieces]}
-    return write_arrays(path, arrays, metadata)
+def write_shard(path: str | Path, pieces: Sequence[Piece], vocabulary_hash: str) -> tuple[str, int]:
+    """Write one shard; returns its sha256 and its size in bytes."""
+    writer = ShardWriter(path, vocabulary_hash)
+    for piece in pieces:
+        writer.add(piece)
+    return writer.close()
 
 
 class Shard:
@@ -193,6 +151,7 @@ class Shard:
         if wrong:
             raise self._file.damaged(f"has no proper {wrong[0]}")
         self.names: list[str] = self._file.metadata["names"]
+        self._rules: list[str] = self._file.metadata["rules"]
 
     def _dtype(self, name: str):
         return self._arrays[name].dtype if name in self._arrays else None
@@ -217,3 +176,9 @@ class Shard:
     def segments(self, piece: int) -> SegmentTable:
         first, last = self._arrays["segment_offsets"][piece : piece + 2]
         return SegmentTable(*(self._arrays[f"segment_{name}"][first:last] for name in SegmentTable._fields))
+
+    def changes(self, piece: int) -> dict[str, int]:
+        """What the token grid changed or could not hold in one piece, by the rule's name."""
+        first, last = self._arrays["change_offsets"][piece : piece + 2]
+        rules, counts = self._arrays["change_rule"][first:last], self._arrays["change_count"][first:last]
+        return {self._rules[rule]: count for rule, count in zip(rules.tolist(), counts.tolist())}

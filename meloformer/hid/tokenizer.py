@@ -22,6 +22,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -51,40 +53,54 @@ def canonical_order(score: Score) -> np.ndarray:
 
     Bass is a bass program or a mean pitch below 45; chordal is a mean polyphony of at least 1.5 while sounding.
     """
+    bounds = track_bounds(score)
+    sizes = np.diff(bounds)
+    polyphony = mean_polyphony(score.notes, bounds)
+    # reduceat gives an empty track the first note of the next; the table may end before the last track
+    pitches = np.append(score.notes["pitch"].astype(np.int64), 0)
+    pitch_sums = np.add.reduceat(pitches, bounds[:-1]) if len(sizes) else sizes
     keys = []
     for i, track in enumerate(score.tracks):
-        notes = score.notes[np.searchsorted(score.notes["track"], i) : np.searchsorted(score.notes["track"], i + 1)]
         if track.is_drum:
             rank = 0
-        elif track.program in BASS_PROGRAMS or (len(notes) and notes["pitch"].mean() < BASS_MEAN_PITCH):
+        elif track.program in BASS_PROGRAMS or (sizes[i] and pitch_sums[i] / sizes[i] < BASS_MEAN_PITCH):
             rank = 1
         else:
-            rank = 2 if mean_polyphony(notes) >= CHORDAL_POLYPHONY else 3
+            rank = 2 if polyphony[i] >= CHORDAL_POLYPHONY else 3
         keys.append((rank, track.instrument, i))
     return np.array([i for _, _, i in sorted(keys)], dtype=np.int64)
 
 
-def mean_polyphony(notes: np.ndarray) -> float:
-    """Notes sounding at once, averaged over the time in which at least one sounds; 0 without notes.
+def track_bounds(score: Score) -> np.ndarray:
+    """(tracks + 1,) where each track's notes begin in the note table, and the end."""
+    return np.searchsorted(np.ascontiguousarray(score.notes["track"]), np.arange(len(score.tracks) + 1))
 
-    Expects notes sorted by onset.
+
+def mean_polyphony(notes: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """(tracks,) notes sounding at once, averaged over the time in which at least one sounds; 0 without notes.
+
+    Expects notes sorted by track and onset; `bounds` are `track_bounds`.
     """
-    if not len(notes):
-        return 0.0
-    end = notes["onset"] + notes["duration"]
-    reached = np.concatenate(([notes["onset"][0]], np.maximum.accumulate(end)[:-1]))
-    covered = np.maximum(end - np.maximum(notes["onset"], reached), 0).sum()
-    return float(notes["duration"].sum() / covered)
+    sizes = np.diff(bounds)
+    onset, duration = notes["onset"].astype(np.int64), notes["duration"].astype(np.int64)
+    # Tracks are laid end to end in time, so that no note of one reaches into the next.
+    onset += np.repeat(np.arange(len(sizes)), sizes) * int((onset + duration).max(initial=0))
+    end = onset + duration
+    reached = np.concatenate((onset[:1], np.maximum.accumulate(end)[:-1]))
+    covered = np.maximum(end - np.maximum(onset, reached), 0)
+    covered, sounded = (np.diff(np.concatenate(([0], np.cumsum(x)))[bounds]) for x in (covered, duration))
+    return np.divide(sounded, covered, out=np.zeros(len(sizes)), where=sizes > 0)
 
 
 def reorder_tracks(score: Score, order: np.ndarray) -> Score:
     """The same score with tracks[order]."""
-    rank = np.empty(len(order), dtype=np.int32)
-    rank[order] = np.arange(len(order))
-    notes = score.notes.copy()
-    notes["track"] = rank[notes["track"]]
-    notes = notes[np.argsort(notes["track"], kind="stable")]
-    controls = [c._replace(track=int(rank[c.track])) if c.track >= 0 else c for c in score.controls]
+    bounds = track_bounds(score)
+    starts, sizes = bounds[:-1][order], np.diff(bounds)[order]
+    ends = np.cumsum(sizes)
+    notes = score.notes[np.arange(len(score.notes)) + np.repeat(starts - ends + sizes, sizes)]
+    notes["track"] = np.repeat(np.arange(len(order)), sizes)
+    rank = {old: new for new, old in enumerate(order.tolist())}
+    controls = [c._replace(track=rank[c.track]) if c.track >= 0 else c for c in score.controls]
     return replace(score, tracks=[score.tracks[i] for i in order], notes=notes, controls=sorted(controls))
 
 
@@ -98,6 +114,26 @@ def note_rows(tokens: np.ndarray, a: Annotations, vocabulary: Vocabulary) -> np.
     width = 128 // NUM_VELOCITIES
     notes["velocity"] = value[pitch_at + 2] * width + width // 2
     return notes
+
+
+def _differs_from_previous(values: np.ndarray) -> np.ndarray:
+    """(n,) bool, true for the first of them."""
+    differs = np.ones(len(values), dtype=bool)
+    np.not_equal(values[1:], values[:-1], out=differs[1:])
+    return differs
+
+
+class Encoding(NamedTuple):
+    """A stream, the quantized score in the stream's order of tracks, and its segments (`hid.annotate`), (M,) each."""
+
+    tokens: np.ndarray  # (T,) uint16
+    score: Score
+    segment_start: np.ndarray
+    segment_bar: np.ndarray
+    segment_track: np.ndarray
+    num_track_bars: int  # BAR tokens of the tracks
+    onset_in_bar: np.ndarray  # (notes,)
+    segment_first: np.ndarray  # (M,) each segment's first note
 
 
 class Tokenizer:
@@ -118,17 +154,24 @@ class Tokenizer:
 
     def encode_counted(self, score: Score, order: str = "canonical") -> tuple[np.ndarray, Counter]:
         """Tokens, and what quantising changed or dropped by name of the rule."""
+        encoding = self.encode_fully(score, order)
+        return encoding.tokens, encoding.score.counts
+
+    def encode_fully(self, score: Score, order: str = "canonical") -> Encoding:
+        """Tokens with what is known of them on the way; the segments only hold for a score without controls."""
         if order not in ("canonical", "given"):
             raise ValueError(f'order is {order!r}, must be "canonical" or "given"')
         score = self.quantize(score)
         if order == "canonical":
             score = reorder_tracks(score, canonical_order(score))
         lines = score.bar_lines()
-        parts = [[self.vocabulary.BOS, self.vocabulary.CONDUCTOR], self._conductor(score, lines)]
-        tokens = np.concatenate([*parts, self._tracks(score, lines), [self.vocabulary.EOS]]).astype(np.uint16)
+        v = self.vocabulary
+        head = np.concatenate([[v.BOS, v.CONDUCTOR], self._conductor(score, lines)])
+        encoding = self._tracks(score, lines, len(head))
+        tokens = np.concatenate([head, encoding.tokens, [v.EOS]]).astype(np.uint16)
         if score.controls:
             tokens = self._insert_controls(tokens, score.controls)
-        return tokens, score.counts
+        return encoding._replace(tokens=tokens)
 
     def _conductor(self, score: Score, lines: np.ndarray) -> np.ndarray:
         """BAR, then the meter and the tempo that begin there."""
@@ -145,27 +188,52 @@ class Tokenizer:
             slots[bars, column] = tokens
         return slots[slots >= 0]
 
-    def _tracks(self, score: Score, lines: np.ndarray) -> np.ndarray:
-        """All tracks in the score's order, without a Python loop over notes."""
+    def _tracks(self, score: Score, lines: np.ndarray, position: int) -> Encoding:
+        """All tracks in the score's order, without a Python loop over notes; they begin at a position of the stream."""
         v, notes = self.vocabulary, score.notes
         if not len(notes):
-            return np.empty(0, dtype=np.int64)
-        track, onset = notes["track"], notes["onset"]
+            none = np.empty(0, dtype=np.int64)
+            return Encoding(none, score, none, none, none, 0, none, none)
+        track, onset = notes["track"].astype(np.int64), notes["onset"].astype(np.int64)
         if onset[0] < 0 or onset.max() >= lines[-1]:
             raise MidiError("a quantized score has a note outside its bars")
-        bar = np.searchsorted(lines, onset, side="right") - 1
-        first = np.diff(track, prepend=-1) != 0
-        new_bars = bar - np.where(first, -1, np.roll(bar, 1))
-        new_onset = first | (np.diff(onset, prepend=-1) != 0)
+        bar_at = np.zeros(int(lines[-1]) + 1, dtype=np.int64) if lines[-1] < 8 * len(notes) else None
+        if bar_at is None:
+            bar = np.searchsorted(lines, onset, side="right") - 1
+        else:  # a table of ticks is faster for a piece of usual density
+            bar_at[lines[1:]] = 1
+            bar = np.cumsum(bar_at)[onset]
+        first = _differs_from_previous(track)
+        new_bars = np.diff(bar, prepend=-1)
+        new_bars[first] = bar[first] + 1
+        new_onset = first | _differs_from_previous(onset)
         end = np.cumsum(first + new_bars + new_onset + 3)
         tokens = np.full(end[-1], v.BAR, dtype=np.int64)
-        start = np.concatenate(([0], end[:-1]))
-        tokens[start[first]] = v.start(Family.INSTRUMENT) + score.instruments[track[first]]
-        tokens[end[new_onset] - 4] = (v.start(Family.TIME) + onset - lines[bar])[new_onset]
+        first = np.flatnonzero(first)
+        start = np.where(first > 0, end[first - 1], 0)
+        tokens[start] = v.start(Family.INSTRUMENT) + score.instruments[track[first]]
+        onset_in_bar = onset - lines[bar]
+        tokens[end[new_onset] - 4] = v.start(Family.TIME) + onset_in_bar[new_onset]
         tokens[end - 3] = v.start(Family.PITCH) + notes["pitch"].astype(np.int64)
-        tokens[end - 2] = v.start(Family.DURATION) + np.searchsorted(v.durations, notes["duration"])
+        tokens[end - 2] = v.start(Family.DURATION) + self._duration_index[notes["duration"]]
         tokens[end - 1] = v.start(Family.VELOCITY) + notes["velocity"].astype(np.int64) * NUM_VELOCITIES // 128
-        return tokens
+        opens = np.flatnonzero(new_bars)
+        return Encoding(
+            tokens=tokens,
+            score=score,
+            segment_start=position + end[opens] - 5,  # BAR, T, P, L, V
+            segment_bar=bar[opens],
+            segment_track=track[opens],
+            num_track_bars=int(new_bars.sum()),
+            onset_in_bar=onset_in_bar,
+            segment_first=opens,
+        )
+
+    @cached_property
+    def _duration_index(self) -> np.ndarray:
+        """Index of the first representable duration from each number of ticks on."""
+        durations = self.vocabulary.durations
+        return np.searchsorted(durations, np.arange(durations[-1] + 1))
 
     def _insert_controls(self, tokens: np.ndarray, controls: list[Control]) -> np.ndarray:
         """Each control behind the token it belongs to; chords, with their T, at the end of their conductor bar."""

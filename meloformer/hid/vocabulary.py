@@ -221,7 +221,12 @@ class Vocabulary:
 
     def duration_index(self, ticks: np.ndarray) -> np.ndarray:
         """Index of the nearest representable duration, the longer one where two are equally near."""
-        above = np.searchsorted(self.durations, ticks).clip(0, len(self.durations) - 1)
+        return self._nearest_duration[np.clip(ticks, 0, len(self._nearest_duration) - 1)]
+
+    @cached_property
+    def _nearest_duration(self) -> np.ndarray:
+        ticks = np.arange(self.durations[-1] + 1)
+        above = np.searchsorted(self.durations, ticks)
         below = np.maximum(above - 1, 0)
         return np.where(self.durations[above] - ticks <= ticks - self.durations[below], above, below)
 

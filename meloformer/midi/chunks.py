@@ -19,7 +19,6 @@ from __future__ import annotations
 import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,7 +64,8 @@ def header(kind: int, num_tracks: int, ticks_per_quarter: int) -> bytes:
 def split(path: str | Path) -> Chunks:
     """The chunks of a file; MidiError, saying what it is instead, if it is not MIDI."""
     try:
-        data = Path(path).read_bytes()
+        with open(path, "rb", buffering=0) as file:
+            data = file.readall()
     except OSError as error:
         raise MidiError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     if data[:4] != b"MThd":
@@ -137,13 +137,59 @@ def shared_programs(tracks: list[bytes]) -> dict[int, int]:
 def _opening_programs(track: bytes) -> list[tuple[int, int, int]]:
     """(tick, channel, program) of the program changes before the first note of an MTrk chunk; stops at damage."""
     found: list[tuple[int, int, int]] = []
-    with suppress(MidiError):  # cut inside an event: the readers will say so
-        for tick, event in events(track):
-            if event[0] >> 4 == 0xC and event[1] < 128:
-                found.append((tick, event[0] & 15, event[1]))
-            if event[0] >> 4 == 0x9 and event[2]:
-                break
+    for tick, status, at, _ in walk(track):
+        kind = status >> 4
+        if kind == 0xC and track[at] < 128:
+            found.append((tick, status & 15, track[at]))
+        elif kind == 0x9 and track[at + 1]:
+            break
     return found
+
+
+def track_chunks(data: bytes) -> list[bytes]:
+    """The MTrk chunks of tidied data."""
+    chunks, at = [], 14
+    while at < len(data):
+        end = at + 8 + int.from_bytes(data[at + 4 : at + 8], "big")
+        chunks.append(data[at:end])
+        at = end
+    return chunks
+
+
+def walk(track: bytes) -> Iterator[tuple[int, int, int, int]]:
+    """(tick, status, where its data begins, how many bytes) of each event of an MTrk chunk; ends at damage.
+
+    A meta event has 0xFF00 + its type for a status.
+    """
+    at, tick, running, end = 8, 0, 0, len(track)
+    try:
+        while at < end:
+            delta = track[at]
+            at += 1
+            if delta >= 0x80:
+                delta, at = _variable_length(track, at - 1)
+            tick += delta
+            status = track[at]
+            if status >= 0x80:
+                at += 1
+            else:
+                status = running
+            if 0x80 <= status < 0xF0:
+                running = status
+                size = 1 if 0xC0 <= status < 0xE0 else 2
+            elif status in (0xFF, 0xF0, 0xF7):
+                if status == 0xFF:
+                    status = 0xFF00 | track[at]
+                    at += 1
+                size, at = _variable_length(track, at)
+            else:
+                return
+            if at + size > end:
+                return
+            yield tick, status, at, size
+            at += size
+    except IndexError:
+        return  # cut inside an event: the readers will say so
 
 
 def events(track: bytes) -> Iterator[tuple[int, bytes]]:
@@ -153,27 +199,29 @@ def events(track: bytes) -> Iterator[tuple[int, bytes]]:
     >>> [(tick, event.hex(" ")) for tick, event in events(b"MTrk" + struct.pack(">I", len(track)) + track)]
     [(0, '90 3c 5a'), (24, '90 3c 00'), (24, 'ff 2f 00')]
     """
-    at, tick, running = 8, 0, 0
+    tick, end = 0, 8
+    for tick, status, at, size in walk(track):
+        end = at + size
+        data = track[at:end]
+        if status >= 0xFF00:  # a meta event has a type byte before its length, a sysex has not
+            yield tick, bytes((0xFF, status & 0xFF)) + _as_variable_length(size) + data
+        elif status in (0xF0, 0xF7):
+            yield tick, bytes((status,)) + _as_variable_length(size) + data
+        else:
+            yield tick, bytes((status,)) + data
+    if end != len(track):
+        raise MidiError(f"damaged MIDI ({_stumbling_block(track, end)} after tick {tick}); {RESAVE}")
+
+
+def _stumbling_block(track: bytes, at: int) -> str:
+    """What the event that begins at `at`, where `walk` stopped, is in words."""
     try:
-        while at < len(track):
-            delta, at = _variable_length(track, at)
-            tick += delta
-            status = track[at] if track[at] >= 0x80 else running
-            at += track[at] >= 0x80
-            start = at
-            if status in (0xFF, 0xF0, 0xF7):  # a meta event has a type byte before its length, a sysex has not
-                length, at = _variable_length(track, at + (status == 0xFF))
-                at += length
-            elif 0x80 <= status < 0xF0:
-                running = status
-                at += 1 if status >> 4 in (0xC, 0xD) else 2
-            else:
-                raise MidiError(f"damaged MIDI (a status byte {status:#04x} at tick {tick}); {RESAVE}")
-            if at > len(track):
-                raise IndexError
-            yield tick, bytes((status,)) + track[start:at]
+        _, at = _variable_length(track, at)
+        status = track[at]
     except IndexError:
-        raise MidiError(f"damaged MIDI (a track ends inside an event, at tick {tick}); {RESAVE}") from None
+        return "a track ends inside an event"
+    known = status < 0xF0 or status in (0xF0, 0xF7, 0xFF)
+    return "a track ends inside an event" if known else f"a status byte {status:#04x}"
 
 
 def track_chunk(events: Iterable[tuple[int, bytes]]) -> bytes:
@@ -182,12 +230,31 @@ def track_chunk(events: Iterable[tuple[int, bytes]]) -> bytes:
     for tick, event in events:
         if tick - now > MAX_DELTA:
             raise MidiError(f"a silence of {tick - now} ticks, MIDI holds {MAX_DELTA}")
-        delta, now = tick - now, tick
-        groups = [delta & 0x7F]
-        while delta := delta >> 7:
-            groups.append(delta & 0x7F | 0x80)
-        out += bytes(reversed(groups)) + event
+        out += _as_variable_length(tick - now) + event
+        now = tick
     return b"MTrk" + struct.pack(">I", len(out)) + bytes(out)
+
+
+def _as_variable_length(value: int) -> bytes:
+    groups = [value & 0x7F]
+    while value := value >> 7:
+        groups.append(value & 0x7F | 0x80)
+    return bytes(reversed(groups))
+
+
+def is_broken(track: bytes) -> bool:
+    """Whether an MTrk chunk holds what no reader accepts: an undefined status, data without one, an event cut short."""
+    end = 8
+    for _, _, at, size in walk(track):
+        end = at + size
+    if end == len(track):
+        return False
+    try:
+        _, at = _variable_length(track, end)
+        status = track[at]
+    except IndexError:
+        return True
+    return status < 0xF0 or status in (0xF0, 0xF4, 0xF5, 0xF7, 0xF9, 0xFD, 0xFF)
 
 
 def _variable_length(data: bytes, at: int) -> tuple[int, int]:

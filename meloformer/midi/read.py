@@ -36,12 +36,12 @@ import io
 import re
 import struct
 from collections import Counter, defaultdict, deque
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
-from meloformer.midi.chunks import RESAVE, tidy
+from meloformer.midi.chunks import RESAVE, is_broken, tidy, track_chunks, walk
+from meloformer.midi.pedal import extend_sustained
 from meloformer.midi.score import (
     DEFAULT_METER,
     DEFAULT_QPM,
@@ -51,6 +51,7 @@ from meloformer.midi.score import (
     MidiError,
     Score,
     Track,
+    note_order,
     note_table,
 )
 
@@ -60,18 +61,26 @@ except ImportError:  # no wheel for this platform: everything works, fifty times
     symusic = None
 
 MAX_TICK = 2**31 - 1  # symusic holds times in 32 bits
+TOO_LATE = MAX_TICK + 1  # a damaged file may state times beyond 64 bits; they are held to this and refused in the end
 MICROSECONDS_PER_MINUTE = 60_000_000
 MAX_DENOMINATOR = 128
 
 
-def read_score(path: str | Path) -> Score:
-    """Read a MIDI file; `MidiError`, one line, if it holds no readable music."""
+def read_score(path: str | Path, sustain_pedal: str = "ignore") -> Score:
+    """Read a MIDI file; `MidiError`, one line, if it holds no readable music. sustain_pedal: "ignore" or "extend"."""
     data, counts = tidy(path)
+    score = _read(path, data, counts)
+    return extend_sustained(score, data) if sustain_pedal == "extend" else score
+
+
+def _read(path: str | Path, data: bytes, counts: Counter) -> Score:
     if symusic is None:
         return _with_miditoolkit(path, data, counts)
     try:
         return _with_symusic(path, data, counts)
     except MidiError as refusal:
+        if any(map(is_broken, track_chunks(data))):
+            raise  # the second reader would stumble as well, after fifty times as long
         try:
             return _with_miditoolkit(path, data, counts)
         except MidiError:
@@ -112,25 +121,35 @@ def _with_symusic(path: str | Path, data: bytes, counts: Counter) -> Score:
         reason = str(error).split("\n")[0].removeprefix("MiniMidi: ").removesuffix(": iostream error")
         raise MidiError(f"{path}: damaged MIDI ({reason}); {RESAVE}") from None
 
-    tracks, tables = [], []
+    tracks, sizes = [], []
+    sounding = []
     for track in parsed.tracks:
         counts["pitch_bends"] += len(track.pitch_bends)
         counts["control_changes"] += len(track.controls)
         counts["pedals"] += len(track.pedals)
         if len(track.notes):
-            columns = track.notes.numpy()
-            table = np.empty(len(track.notes), dtype=NOTE_DTYPE)
-            table["track"] = len(tracks)
-            table["onset"], table["duration"] = columns["time"], columns["duration"]
-            table["pitch"], table["velocity"] = columns["pitch"], columns["velocity"]
+            sounding.append(track.notes.numpy())
+            sizes.append(len(track.notes))
             tracks.append(Track(int(track.program), bool(track.is_drum), track.name))
-            tables.append(table)
+    columns = {name: np.concatenate([part[name] for part in sounding]) for name in _COLUMNS} if tracks else {}
+    notes = _notes(np.repeat(np.arange(len(tracks)), sizes), **columns)
     meters, tempos = parsed.time_signatures.numpy(), parsed.tempos.numpy()
     if _order_was_lost(meters) or _order_was_lost(tempos):
-        # where mido refuses, any of the events on a tick is better than none
-        with suppress(MidiError):
-            meters, tempos = _meta_events(_parse_with_mido(path, data, Counter()))
-    return _finish(path, parsed.ticks_per_quarter, tracks, tables, meters, tempos, counts)
+        meters, tempos = _meta_events(data)
+    return _finish(path, parsed.ticks_per_quarter, tracks, notes, meters, tempos, counts)
+
+
+_COLUMNS = ("time", "duration", "pitch", "velocity")  # as symusic names them
+_NONE = np.zeros(0, dtype=np.int64)
+
+
+def _notes(track: np.ndarray, time=_NONE, duration=_NONE, pitch=_NONE, velocity=_NONE) -> np.ndarray:
+    """The columns as a sorted note table; sorted before they become rows, for rows are slow to move."""
+    order = note_order(track, time, pitch, duration)
+    notes = np.empty(len(track), dtype=NOTE_DTYPE)
+    for name, column in zip(NOTE_DTYPE.names, (track, time, duration, pitch, velocity)):
+        notes[name] = column if order is None else column[order]
+    return notes
 
 
 def _order_was_lost(events: dict[str, np.ndarray]) -> bool:
@@ -139,6 +158,36 @@ def _order_was_lost(events: dict[str, np.ndarray]) -> bool:
         return False
     same_tick = np.diff(events["time"]) == 0
     return any(bool((same_tick & (np.diff(events[name].astype(np.int64)) != 0)).any()) for name in events)
+
+
+def _meta_events(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Meters and tempos of all tracks of tidied data, in the order of time, then of the file."""
+    meters, tempos = [], []
+    for track in track_chunks(data):
+        if b"\xff\x51\x03" not in track and b"\xff\x58\x04" not in track:
+            continue
+        for tick, status, at, size in walk(track):
+            if status == 0xFF58 and size == 4:
+                meters.append((min(tick, TOO_LATE), track[at], _denominator(1 << min(track[at + 1], 30))))
+            elif status == 0xFF51 and size == 3:
+                tempos.append((min(tick, TOO_LATE), int.from_bytes(track[at : at + 3], "big")))
+    return _by_time(meters, tempos)
+
+
+def _denominator(stated: int) -> int:
+    return stated if stated <= MAX_DENOMINATOR else 0
+
+
+def _by_time(meters: list[tuple], tempos: list[tuple]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """(tick, numerator, denominator) and (tick, microseconds a quarter) as columns; those of one tick stay in order."""
+    meters = np.array(meters, dtype=np.int64).reshape(-1, 3)
+    tempos = np.array(tempos, dtype=np.int64).reshape(-1, 2)
+    meters = meters[np.argsort(meters[:, 0], kind="stable")]
+    tempos = tempos[np.argsort(tempos[:, 0], kind="stable")]
+    return (
+        dict(zip(("time", "numerator", "denominator"), meters.T)),
+        dict(zip(("time", "mspq"), tempos.T)),
+    )
 
 
 # --- miditoolkit's parser -----------------------------------------------------------------------------------
@@ -169,50 +218,42 @@ def _parse_with_mido(path: str | Path, data: bytes, counts: Counter):
         raise MidiError(f"{path}: damaged MIDI ({reason}); {RESAVE}") from None
 
 
-def _meta_events(parsed) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Meters and tempos of all tracks in the order of time, then of the file."""
+def _meta_events_of_mido(parsed) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     meters, tempos = [], []
     for track in parsed.tracks:
         tick = 0
         for event in track:
-            tick += event.time
+            tick = min(tick + event.time, TOO_LATE)
             if event.type == "time_signature":
-                denominator = event.denominator if event.denominator <= MAX_DENOMINATOR else 0
-                meters.append((tick, event.numerator, denominator))
+                meters.append((tick, event.numerator, _denominator(event.denominator)))
             elif event.type == "set_tempo":
                 tempos.append((tick, event.tempo))
-    meters = np.array(meters, dtype=np.int64).reshape(-1, 3)
-    tempos = np.array(tempos, dtype=np.int64).reshape(-1, 2)
-    meters = meters[np.argsort(meters[:, 0], kind="stable")]
-    tempos = tempos[np.argsort(tempos[:, 0], kind="stable")]
-    return (
-        dict(zip(("time", "numerator", "denominator"), meters.T)),
-        dict(zip(("time", "mspq"), tempos.T)),
-    )
+    return _by_time(meters, tempos)
 
 
 def _with_miditoolkit(path: str | Path, data: bytes, counts: Counter) -> Score:
     counts = counts.copy()
     parsed = _parse_with_mido(path, data, counts)
     tracks, tables = [], []
-    for events in parsed.tracks:
-        parts = _notes_by_part(events, counts)
+    for track in parsed.tracks:
+        parts = _notes_by_part(track, counts)
         for channel, program in sorted(parts):
             rows = parts[channel, program]
             tables.append(np.array([(len(tracks), *row) for row in rows], dtype=NOTE_DTYPE))
-            tracks.append(Track(program, channel == 9, _name(events)))
-    return _finish(path, parsed.ticks_per_beat, tracks, tables, *_meta_events(parsed), counts)
+            tracks.append(Track(program, channel == 9, _name(track)))
+    notes = note_table(np.concatenate(tables) if tables else ())
+    return _finish(path, parsed.ticks_per_beat, tracks, notes, *_meta_events_of_mido(parsed), counts)
 
 
-def _notes_by_part(events, counts: Counter) -> dict[tuple[int, int], list[tuple[int, int, int, int]]]:
+def _notes_by_part(track, counts: Counter) -> dict[tuple[int, int], list[tuple[int, int, int, int]]]:
     """{(channel, program): [(onset, duration, pitch, velocity)]} of one track of the file."""
     parts = defaultdict(list)
     program = [0] * 16
     sounding = defaultdict(deque)  # (channel, pitch) -> (onset, velocity, program), oldest first
     pressed = [False] * 16
     tick = 0
-    for event in events:
-        tick += event.time
+    for event in track:
+        tick = min(tick + event.time, TOO_LATE)
         if event.type == "note_on" and event.velocity > 0:
             sounding[event.channel, event.note].append((tick, event.velocity, program[event.channel]))
         elif event.type in ("note_on", "note_off"):
@@ -231,9 +272,9 @@ def _notes_by_part(events, counts: Counter) -> dict[tuple[int, int], list[tuple[
     return parts
 
 
-def _name(events) -> str:
+def _name(track) -> str:
     """The last name of a track, as symusic has it; mido reads latin-1, most files of today are UTF-8."""
-    names = [event.name for event in events if event.type == "track_name"]
+    names = [event.name for event in track if event.type == "track_name"]
     raw = names[-1].encode("latin-1", "replace") if names else b""
     try:
         return raw.decode("utf-8")
@@ -244,19 +285,20 @@ def _name(events) -> str:
 # --- what both share ----------------------------------------------------------------------------------------
 
 
-def _finish(path, ticks_per_quarter, tracks, tables, meters, tempos, counts) -> Score:
-    notes = np.concatenate(tables) if tables else np.empty(0, dtype=NOTE_DTYPE)
-    times = [notes["onset"], notes["onset"] + notes["duration"], meters["time"], tempos["time"]]
-    if any(len(t) and (t.min() < 0 or t.max() > MAX_TICK) for t in times):
-        raise MidiError(f"{path}: a time beyond {MAX_TICK} ticks, so the file is damaged; {RESAVE}")
-    zero = notes["duration"] == 0
-    notes["duration"][zero] = 1
-    counts["zero_duration"] += int(zero.sum())
+def _finish(path, ticks_per_quarter, tracks, notes, meters, tempos, counts) -> Score:
+    duration = np.ascontiguousarray(notes["duration"])
+    for times in (notes["onset"], notes["onset"] + duration, meters["time"], tempos["time"]):
+        if len(times) and not 0 <= int(times.min()) <= int(times.max()) <= MAX_TICK:
+            raise MidiError(f"{path}: a time beyond {MAX_TICK} ticks, so the file is damaged; {RESAVE}")
+    num_zero = len(duration) - int(np.count_nonzero(duration))
+    if num_zero:
+        notes["duration"] = np.maximum(duration, 1)
+        counts["zero_duration"] += num_zero
     counts["no_meter"] += not len(meters["time"])
     return Score(
         int(ticks_per_quarter),
         tracks,
-        note_table(notes),
+        notes,
         _meter_map(meters, counts),
         _tempo_map(tempos, counts),
         counts=+counts,
@@ -288,6 +330,8 @@ def _last_of_each_tick(table: np.ndarray, default: np.ndarray, kind: str, counts
     """`table`, sorted by tick, with one row a tick and `default` before it where it starts after tick 0."""
     if not len(table) or table["tick"][0] > 0:
         table = np.concatenate([default, table])
+    if len(table) == 1:
+        return table
     again = np.flatnonzero(np.diff(table["tick"]) == 0)
     counts[f"same_tick_{kind}"] += int((table[again] != table[again + 1]).sum())
     return np.delete(table, again)

@@ -66,9 +66,31 @@ class Track:
 
 
 def note_table(rows: Iterable[tuple[int, int, int, int, int]] | np.ndarray = ()) -> np.ndarray:
-    """(track, onset, duration, pitch, velocity) rows as a table sorted by track, onset, pitch."""
+    """(track, onset, duration, pitch, velocity) rows as a table sorted by track, onset, pitch, duration."""
     notes = np.asarray(rows if isinstance(rows, np.ndarray) else list(rows), dtype=NOTE_DTYPE).reshape(-1)
-    return notes[np.lexsort((notes["duration"], notes["pitch"], notes["onset"], notes["track"]))]
+    order = note_order(notes["track"], notes["onset"], notes["pitch"], notes["duration"])
+    return notes if order is None else notes[order]
+
+
+def note_order(track: np.ndarray, second: np.ndarray, third: np.ndarray, *ties: np.ndarray) -> np.ndarray | None:
+    """The stable order by track, then the other keys; None where they are in it already.
+
+    Much faster than np.lexsort, for three keys of usual size are packed into one number, and readers hand over
+    tracks that are almost sorted.
+    """
+    keys = [np.ascontiguousarray(key, dtype=np.int64) for key in (track, second, third)]
+    bits = [int(key.view(np.uint64).max(initial=0)).bit_length() for key in keys]  # 64 where one is negative
+    if sum(bits) > 63:
+        return np.lexsort((*ties[::-1], third, second, track))
+    packed = (keys[0] << (bits[1] + bits[2])) | (keys[1] << bits[2]) | keys[2]
+    if (packed[1:] > packed[:-1]).all():
+        return None
+    order = np.argsort(packed, kind="stable")
+    if ties and len(order):
+        in_order = packed[order]
+        if (in_order[1:] == in_order[:-1]).any():
+            return np.lexsort((*ties[::-1], packed))
+    return order
 
 
 def _meter_table(rows=((0, *DEFAULT_METER),)) -> np.ndarray:

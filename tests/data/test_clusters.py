@@ -3,9 +3,11 @@
 from dataclasses import replace
 
 import numpy as np
+import pytest
 
+from meloformer.data import clusters
 from meloformer.data.augment import scale_velocity, track_slices, transpose
-from meloformer.data.clusters import COMMON_PIECES, bar_shingles, cluster
+from meloformer.data.clusters import COMMON_PIECES, bar_shingles
 from meloformer.hid import Tokenizer
 from meloformer.midi import Track
 from tests.data.music import make_score
@@ -15,7 +17,7 @@ TOKENIZER = Tokenizer(VOCABULARY)
 
 
 def shingles(tokens: np.ndarray) -> np.ndarray:
-    return bar_shingles(tokens, VOCABULARY)
+    return bar_shingles(TOKENIZER.encode_fully(TOKENIZER.decode(tokens), order="given"))
 
 
 def test_a_copy_in_another_key_tempo_and_dress_has_the_same_bars():
@@ -47,19 +49,26 @@ def bars(*numbers) -> np.ndarray:
     return np.array(sorted(numbers), dtype=np.uint64)
 
 
-def test_more_than_three_tenths_shared_is_one_cluster_and_links_chain():
+@pytest.fixture
+def cluster(tmp_path):
+    """`clusters.cluster` in a folder that it has to leave empty."""
+    yield lambda contents, shingles, **settings: clusters.cluster(contents, shingles, tmp_path, **settings)
+    assert not list(tmp_path.iterdir())
+
+
+def test_more_than_three_tenths_shared_is_one_cluster_and_links_chain(cluster):
     a, b, c = bars(*range(1, 21)), bars(*range(14, 34)), bars(*range(27, 47))  # a-b and b-c share 7 of 20, a-c none
     below = bars(*range(1, 7), *range(100, 114))  # 6 of 20 with a
     contents = np.array([40, 30, 20, 10], dtype=np.uint64)
     assert cluster(contents, [a, b, c, below]).tolist() == [20, 20, 20, 10]
 
 
-def test_an_excerpt_belongs_to_its_piece():
+def test_an_excerpt_belongs_to_its_piece(cluster):
     whole, part = bars(*range(1, 101)), bars(*range(50, 60))
     assert len(set(cluster(np.array([1, 2], dtype=np.uint64), [whole, part]).tolist())) == 1
 
 
-def test_what_everybody_has_links_nobody():
+def test_what_everybody_has_links_nobody(cluster):
     common = range(1, 11)
     pieces = [bars(*common, *range(1000 * i, 1000 * i + 5)) for i in range(1, COMMON_PIECES + 2)]
     contents = np.arange(1, len(pieces) + 1, dtype=np.uint64)
@@ -67,9 +76,21 @@ def test_what_everybody_has_links_nobody():
     assert len(set(cluster(contents[:-1], pieces[:-1]).tolist())) == 1
 
 
-def test_copies_kept_by_no_dedup_share_a_cluster_and_order_does_not_matter():
+def test_copies_kept_by_no_dedup_share_a_cluster_and_order_does_not_matter(cluster):
     sets = [bars(*range(1, 21)), bars(*range(500, 520)), bars(*range(1, 21)), bars()]
     contents = np.array([9, 5, 9, 7], dtype=np.uint64)
     assert cluster(contents, sets).tolist() == [9, 5, 9, 7]
     order = [3, 2, 0, 1]
     assert cluster(contents[order], [sets[i] for i in order]).tolist() == [7, 9, 9, 5]
+
+
+@pytest.mark.parametrize("rows", [7, 64, 1000])
+def test_the_memory_that_clustering_may_use_does_not_show(cluster, rows):
+    """Bars are cut into many files on the way; what meets in one file must not depend on how many there are."""
+    rng = np.random.default_rng(0)
+    tunes = [rng.integers(1, 1 << 40, 30) for _ in range(12)]
+    pieces = [bars(*rng.choice(tunes[i % 12], 20, replace=False), *rng.integers(1, 1 << 40, 15)) for i in range(40)]
+    contents = rng.permutation(40).astype(np.uint64)
+    at_once = cluster(contents, pieces, rows=1 << 20)
+    assert 12 <= len(set(at_once.tolist())) < 30
+    np.testing.assert_array_equal(cluster(contents, pieces, rows=rows), at_once)

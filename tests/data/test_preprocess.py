@@ -11,13 +11,15 @@ import pytest
 
 from meloformer.config import PreprocessConfig
 from meloformer.data import Corpus
-from meloformer.data.preprocess import CRASHED, Encoder, preprocess
-from meloformer.data.sources import list_input
+from meloformer.data.encoder import CRASHED, Encoder
+from meloformer.data.preprocess import preprocess
+from meloformer.data.sources import Input, Source
 from meloformer.errors import UserError
 from meloformer.hid import Tokenizer, Vocabulary
 from meloformer.midi import Score, Track, note_table, read_score, write_midi
 from tests.conftest import ROOT
 from tests.data.music import make_score, write_folder
+from tests.data.mutate import mutate
 
 
 def run(input, output, **settings) -> None:
@@ -152,7 +154,7 @@ def test_an_unfinished_folder_is_begun_again_and_ends_the_same(midi, tmp_path):
 
 def test_a_file_that_breaks_the_code_costs_one_line(tmp_path, monkeypatch):
     folder = write_folder(tmp_path / "midi", range(3))
-    encode = Tokenizer.encode_counted
+    encode = Tokenizer.encode_fully
 
     def fails_once(self, score, order="canonical"):
         if score == broken:
@@ -160,10 +162,11 @@ def test_a_file_that_breaks_the_code_costs_one_line(tmp_path, monkeypatch):
         return encode(self, score, order)
 
     broken = read_score(folder / "piece001.mid")
-    monkeypatch.setattr(Tokenizer, "encode_counted", fails_once)
-    run(folder, tmp_path / "out")
-    line = json.loads((tmp_path / "out" / "rejected.jsonl").read_text())
-    assert line == {"path": "piece001.mid", "reason": CRASHED, "detail": "IndexError: index 7 is out of bounds"}
+    monkeypatch.setattr(Tokenizer, "encode_fully", fails_once)
+    encoder = Encoder(PreprocessConfig(input="x", output="y"))
+    results = [encoder(source) for source in Input(str(folder))]
+    assert results[1] == ("piece001.mid", CRASHED, "IndexError: index 7 is out of bounds")
+    assert results[0].piece.name == "piece000.mid" and results[2].piece.name == "piece002.mid"
 
 
 # --- refusals -------------------------------------------------------------------------------------------------
@@ -229,10 +232,10 @@ def test_another_corpus_is_not_overwritten(midi, tmp_path):
 
 
 def test_an_output_that_cannot_be_written_is_named(midi, tmp_path, monkeypatch):
-    def full(path, data):
+    def full(path):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr("meloformer.data.shards.write_atomic", full)
+    monkeypatch.setattr("meloformer.data.arrays.atomic_file", full)
     with pytest.raises(UserError, match=r"shard-00000.safetensors: cannot be written \(No space left on device\)"):
         run(midi, tmp_path / "out")
 
@@ -245,7 +248,7 @@ def test_the_command_line_ends_with_status_2_and_one_line(tmp_path):
 
 
 def test_symlinked_names_and_sorting_are_stable(midi):
-    names = [source.name for source in list_input(str(midi))]
+    names = [source.name for source in Input(str(midi))]
     assert names == sorted(names) and all("\\" not in name for name in names)
 
 
@@ -273,5 +276,31 @@ def test_an_encoder_never_raises_for_what_a_file_holds(tmp_path):
         for position in rng.integers(14, len(data), size=5):
             broken[position] = rng.integers(256)
         (tmp_path / "b.mid").write_bytes(broken[: None if i % 2 else int(rng.integers(14, len(data)))])
-        result = encoder(list_input(str(tmp_path))[1])
+        result = encoder(Source(str(tmp_path / "b.mid"), "b.mid"))
         assert getattr(result, "reason", "") != CRASHED, result
+
+
+def test_mutated_real_files_are_encoded_or_named(real_midi, tmp_path):
+    """The short version of benchmarks/fuzz_preprocess.py."""
+    rng = np.random.default_rng(3)
+    originals = sorted(path for path in real_midi.rglob("*.mid") if path.stat().st_size < 30_000)[::7]
+    folder = tmp_path / "midi"
+    folder.mkdir()
+    for i in range(300):
+        (folder / f"{i:03d}.mid").write_bytes(mutate(originals[i % len(originals)].read_bytes(), rng))
+    run(folder, tmp_path / "out", workers=2, dedup=False, min_notes=1, min_bars=1)
+    corpus = Corpus(tmp_path / "out")
+    reasons = [reason for _, reason in rejected(tmp_path / "out")]
+    assert corpus.num_pieces + len(reasons) == 300 and corpus.num_pieces > 20 and len(reasons) > 100
+    assert set(reasons) <= {"unreadable", "unencodable", "few_notes", "few_bars", "many_bars"}
+    for i in range(corpus.num_pieces):
+        Tokenizer().validate(corpus.piece(i))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a file that hangs whoever reads it")
+def test_a_file_that_hangs_costs_that_file_only(tmp_path):
+    folder = write_folder(tmp_path / "midi", range(4))
+    os.mkfifo(folder / "piece001 hangs.mid")
+    run(folder, tmp_path / "out", workers=2, file_timeout=0.7)
+    assert rejected(tmp_path / "out") == [("piece001 hangs.mid", "timeout")]
+    assert Corpus(tmp_path / "out").num_pieces == 4

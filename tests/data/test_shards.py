@@ -8,7 +8,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from meloformer.data import Corpus, DataError
-from meloformer.data.shards import Piece, Shard, checksum, content_hash, shard_name, write_shard
+from meloformer.data.arrays import checksum
+from meloformer.data.shards import Piece, Shard, content_hash, shard_name, write_shard
 from meloformer.errors import UserError
 from meloformer.hid import Tokenizer, Vocabulary, find_segments
 from tests.data.music import make_corpus
@@ -18,18 +19,20 @@ HASH = Vocabulary().hash
 
 def piece(name: str, length: int, seed: int = 0) -> Piece:
     rng = np.random.default_rng(seed)
-    return Piece(name, rng.integers(0, 1206, length), *(rng.integers(0, 128, length // 4) for _ in range(4)))
+    changes = {rule: seed + i for i, rule in enumerate(("overlaps", "bars_cut")[:seed])}
+    return Piece(name, rng.integers(0, 1206, length), *(rng.integers(0, 128, length // 4) for _ in range(4)), changes)
 
 
 def test_a_shard_gives_back_its_pieces(tmp_path):
     pieces = [piece("a.mid", 40, 1), piece("empty", 0), piece("ü/b.mid", 17, 2)]
-    sha256 = write_shard(tmp_path / "s", pieces, HASH)
-    assert sha256 == checksum(tmp_path / "s")
+    sha256, size = write_shard(tmp_path / "s", pieces, HASH)
+    assert sha256 == checksum(tmp_path / "s") and size == (tmp_path / "s").stat().st_size
     shard = Shard(tmp_path / "s", HASH)
     assert shard.num_pieces == 3 and shard.names == ["a.mid", "empty", "ü/b.mid"] and shard.num_tokens == 57
     for i, original in enumerate(pieces):
         np.testing.assert_array_equal(shard.tokens(i), original.tokens)
-        for found, expected in zip(shard.segments(i), original[2:]):
+        assert shard.changes(i) == original.changes
+        for found, expected in zip(shard.segments(i), original[2:6]):
             np.testing.assert_array_equal(found, expected)
 
 
@@ -57,6 +60,9 @@ def test_the_safetensors_library_reads_a_shard(tmp_path):
         "segment_bar": "uint16",
         "segment_track": "uint16",
         "segment_instrument": "uint8",
+        "change_offsets": "int64",
+        "change_rule": "uint8",
+        "change_count": "uint32",
     }
 
 
@@ -138,7 +144,7 @@ def test_what_is_wrong_with_a_folder_is_said(copy, tmp_path):
     expect("shard-00000.safetensors: has .* bytes")
     meta = json.loads((copy / "meta.json").read_text())
     (copy / "meta.json").write_text(json.dumps({**meta, "format": 99}))
-    expect("format 99, this code reads 1; preprocess")
+    expect("format 99, this code reads 2; preprocess")
     (copy / "meta.json").write_text(json.dumps({**meta, "vocabulary": {**meta["vocabulary"], "hash": "0" * 16}}))
     expect("vocabulary hash 0000000000000000 is not this code's")
     (copy / "meta.json").write_text("{")

@@ -128,7 +128,7 @@ def test_tracks_without_notes_go_and_the_order_is_accompaniment_first():
 
 def test_mean_polyphony_counts_sounding_time_only():
     notes = note_table([(0, 0, 24, 60, 64), (0, 12, 12, 64, 64), (0, 480, 24, 60, 64)])
-    assert mean_polyphony(notes) == pytest.approx(60 / 48)
+    assert mean_polyphony(notes, np.array([0, len(notes)])) == pytest.approx([60 / 48])
 
 
 # --- every real file -----------------------------------------------------------------------------------------

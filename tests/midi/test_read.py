@@ -363,3 +363,14 @@ def test_awkward_files_are_read_or_refused(real_midi):
         name.startswith(("reject", "synthetic", "type2", "smpte", "tpq0", "jazzsoft", "no-notes"))
         for name in outcomes[False]
     )
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_a_time_beyond_64_bits_is_damage(tmp_path, read):
+    """Found by fuzzing: mido adds up such times without a murmur, and numpy would not take them."""
+    huge = b"\xff" * 12 + b"\x7f"
+    events = b"\x00\x90\x3c\x40" + huge + b"\xff\x51\x03\x07\xa1\x20" + b"\x00\x80\x3c\x40\x00\xff\x2f\x00"
+    header = b"MThd" + struct.pack(">IHHH", 6, 0, 1, 480)
+    (tmp_path / "a.mid").write_bytes(header + b"MTrk" + struct.pack(">I", len(events)) + events)
+    with pytest.raises(MidiError):
+        read(tmp_path / "a.mid")

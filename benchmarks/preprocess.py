@@ -1,0 +1,184 @@
+"""How fast preprocessing is beside MidiTok, how it scales to two workers, and what memory and disk it takes.
+
+    python benchmarks/preprocess.py --midi midi/ [--only speed,workers,memory]
+
+`speed`: one core, reading included, all files of the folder; then MidiTok's REMI with programs, tempos and time
+signatures on every k-th of the files that we encode, ours on the same files in the same run (pip install
+".[bench]"). `workers`: the whole command with one and with two workers, by turns. `memory`: peak resident memory of
+the parent and of each worker for 1,000 and for 20,000 names of the same files, with --no-dedup.
+
+Processor time for `speed`, so that other people's work on the machine counts for little; wall-clock time for
+`workers`, so run that on a quiet machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from meloformer.config import PreprocessConfig  # noqa: E402
+from meloformer.data.corpus import read_meta  # noqa: E402
+from meloformer.data.encoder import Encoded, Encoder  # noqa: E402
+from meloformer.data.sources import Input, Source  # noqa: E402
+
+GOALS = {
+    "notes/s on one core": 2_000_000,
+    "files/s, times MidiTok's": 20,
+    "2 workers, times 1 worker": 1.7,
+    "bytes a token": 3,
+    "peak memory, 20,000 files / 1,000": 1.1,
+}
+
+
+def report(name: str, value: float, detail: str = "") -> None:
+    goal = GOALS[name]
+    good = value <= goal if name.startswith(("bytes", "peak")) else value >= goal
+    print(f"{name:36} {value:14,.2f}   goal {goal:>11,}   {'met' if good else 'NOT MET'}   {detail}", flush=True)
+
+
+def processor_seconds(call: Callable[[], object], repeats: int) -> float:
+    """The least of several runs."""
+    times = []
+    for _ in range(repeats):
+        start = time.process_time()
+        call()
+        times.append(time.process_time() - start)
+    return min(times)
+
+
+def speed(folder: str, repeats: int, every: int) -> None:
+    encode = Encoder(PreprocessConfig(input=folder, output="-"))
+    sources = list(Input(folder))
+    results = [encode(source) for source in sources]
+    good = [source for source, result in zip(sources, results) if isinstance(result, Encoded)]
+    notes = sum(result.num_notes for result in results if isinstance(result, Encoded))
+    seconds = processor_seconds(lambda: [encode(source) for source in sources], repeats)
+    rate = f"{len(sources)} files, {notes:,} notes, {seconds:.2f} s"
+    report("notes/s on one core", notes / seconds, rate)
+
+    sample = good[::every]
+    theirs = processor_seconds(lambda: miditok_remi(sample), 1)
+    ours = processor_seconds(lambda: [encode(source) for source in sample], repeats)
+    rates = f"{len(sample)} files: {len(sample) / ours:,.0f} files/s, MidiTok {len(sample) / theirs:,.0f}"
+    report("files/s, times MidiTok's", theirs / ours, rates)
+
+
+def miditok_remi(sources: list[Source]) -> None:
+    try:
+        import miditok
+        import symusic
+    except ImportError:
+        sys.exit("error: this compares with MidiTok; pip install '.[bench]'")
+    config = miditok.TokenizerConfig(use_programs=True, use_tempos=True, use_time_signatures=True)
+    tokenizer = miditok.REMI(config)
+    for source in sources:
+        with contextlib.suppress(RuntimeError, ValueError, KeyError, IndexError):  # what it cannot read it may skip
+            tokenizer(symusic.Score(source.path))
+
+
+def command(folder: str, output: Path, workers: int, *flags: str) -> list[str]:
+    script = str(ROOT / "preprocess_data.py")
+    return [sys.executable, script, "--input", folder, "--output", str(output), "--workers", str(workers), *flags]
+
+
+def workers(folder: str, repeats: int, scratch: Path) -> None:
+    times: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(repeats):
+        for number in times:
+            start = time.perf_counter()
+            subprocess.run(command(folder, scratch / "out", number), check=True, capture_output=True)
+            times[number].append(time.perf_counter() - start)
+            meta = read_meta(scratch / "out")
+            shutil.rmtree(scratch / "out")
+    one, two = min(times[1]), min(times[2])
+    report("2 workers, times 1 worker", one / two, f"{one:.2f} s and {two:.2f} s; all: {_rounded(times)}")
+    size = sum(shard["bytes"] for shard in meta["shards"])
+    report("bytes a token", size / meta["totals"]["tokens"], f"{size:,} bytes in shards")
+
+
+def _rounded(times: dict[int, list[float]]) -> dict[int, list[float]]:
+    return {number: [round(t, 2) for t in seconds] for number, seconds in times.items()}
+
+
+def memory(folder: str, scratch: Path) -> None:
+    originals = [source.path for source in Input(folder)][::-1][:1000]
+    peaks = {}
+    for copies in (1, 20):
+        names = scratch / f"midi{copies}"
+        for copy in range(copies):
+            (names / str(copy)).mkdir(parents=True)
+            for i, path in enumerate(originals):
+                os.symlink(os.path.abspath(path), names / str(copy) / f"{i:04d}.mid")
+        peaks[copies] = peak_memory(command(str(names), scratch / f"out{copies}", 2, "--no-dedup"))
+        print(
+            f"{copies * 1000:6,} files: parent {peaks[copies][0]:.1f} MB, workers {peaks[copies][1]:.1f} MB", flush=True
+        )
+    for i, who in enumerate(("parent", "workers")):
+        report("peak memory, 20,000 files / 1,000", peaks[20][i] / peaks[1][i], who)
+
+
+def peak_memory(words: list[str]) -> tuple[float, float]:
+    """Megabytes, the high-water marks of a command and of the largest of its descendants."""
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    peaks: dict[int, float] = {}
+
+    def watch() -> None:
+        while process.poll() is None:
+            parents = {
+                int(status.parent.name): _field(status, "PPid") for status in Path("/proc").glob("[0-9]*/status")
+            }
+            family = {process.pid}
+            for _ in range(3):  # parent, fork server, workers
+                family |= {pid for pid, parent in parents.items() if parent in family}
+            for pid in family:
+                peaks[pid] = max(peaks.get(pid, 0), _field(Path(f"/proc/{pid}/status"), "VmHWM") / 1024)
+            time.sleep(0.05)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    if process.wait():
+        sys.exit(f"error: {' '.join(words)} ended with status {process.returncode}")
+    watcher.join()
+    return peaks.pop(process.pid), max(peaks.values())
+
+
+def _field(status: Path, name: str) -> int:
+    try:
+        text = status.read_text()
+    except OSError:
+        return 0  # it has ended
+    return next((int(line.split()[1]) for line in text.splitlines() if line.startswith(f"{name}:")), 0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    default = os.environ.get("MELOFORMER_MIDI") or str(ROOT.parent / "shared" / "midi")
+    parser.add_argument("--midi", default=default, help="a folder of MIDI files")
+    parser.add_argument("--only", default="speed,workers,memory", help="which of speed, workers and memory")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of which the best counts")
+    parser.add_argument("--every", type=int, default=20, help="MidiTok gets every so-manieth file")
+    given = parser.parse_args()
+    asked = given.only.split(",")
+    with tempfile.TemporaryDirectory() as scratch:
+        if "speed" in asked:
+            speed(given.midi, given.repeats, given.every)
+        if "workers" in asked:
+            workers(given.midi, given.repeats, Path(scratch))
+        if "memory" in asked:
+            memory(given.midi, Path(scratch))
+
+
+if __name__ == "__main__":
+    main()

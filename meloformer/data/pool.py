@@ -1,0 +1,202 @@
+"""Worker processes that survive what they are fed: results in order, limits for each task, a second chance alone.
+
+>>> with Pool(Encoder, config, workers=8, timeout=60, memory=2048) as pool:       # doctest: +SKIP
+...     for result in pool.map(sources):                # in the order of `sources`; `Failure` where a task failed
+...         ...
+
+Every worker makes `factory(argument)` once and calls it with one task after another. A task that hangs, ends its
+process or needs too much memory is tried once more, in a fresh process, while no other task runs; if that fails as
+well its result is a `Failure`. Memory is bounded: the tasks and results under way are at most WINDOW a worker.
+
+The surprise: nobody watches the clock. Each worker sets itself an alarm whose default action ends the process, even
+inside a C library that never returns, and the parent sees a pipe close. So an orphan ends by itself too. On Windows,
+which has neither alarms nor limits on memory, a hanging file hangs the run.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import islice
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from meloformer.errors import UserError
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+BATCH = 8  # tasks handed out at once; a worker has up to two batches, so that it never waits for the parent
+WINDOW = 64  # tasks a worker by which the fastest may run ahead of the slowest
+OUT_OF_MEMORY = 77  # exit status of a worker
+TIMEOUT, MEMORY, CRASHED = "timeout", "memory", "crashed"
+
+
+class Failure(NamedTuple):
+    """A task without a result: its reason code, and what happened in words."""
+
+    reason: str
+    detail: str
+
+
+def _limit_memory(megabytes: int) -> None:
+    """Allow this process so much beside what it has; a larger allocation fails."""
+    statm = Path("/proc/self/statm")
+    if resource is None or not statm.exists():
+        return
+    used = int(statm.read_text().split()[5]) * resource.getpagesize()  # data and stack: what RLIMIT_DATA counts
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    limit = used + megabytes * 2**20
+    resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+
+
+def _set_alarm(seconds: float) -> None:
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
+def _serve(connection: Connection, factory: Callable, argument: Any, timeout: float, memory: int) -> None:
+    """A worker: batches of (number, task) come in, (number, result) go out one by one, until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    call = factory(argument)
+    _limit_memory(memory)
+    try:
+        connection.send(None)
+        while True:
+            for number, task in connection.recv():
+                _set_alarm(timeout)
+                result = call(task)
+                _set_alarm(0)
+                connection.send((number, result))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return  # the parent is done, or gone
+    except MemoryError:
+        os._exit(OUT_OF_MEMORY)
+
+
+class _Worker:
+    def __init__(self, context, arguments: tuple):
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, *arguments), daemon=True)
+        self.process.start()
+        theirs.close()  # so that the pipe closes when the process ends
+        self.waiting: deque[tuple[int, Any]] = deque()  # given out and not answered; the first is being worked on
+
+    def await_start(self) -> None:
+        try:
+            self.connection.recv()
+        except (EOFError, ConnectionResetError):
+            self.process.join()
+            raise UserError(
+                f"a worker process cannot start (exit status {self.process.exitcode}); "
+                "its message is above; more --file_memory or fewer --workers may help"
+            ) from None
+
+    def give(self, batch: list[tuple[int, Any]]) -> None:
+        self.waiting.extend(batch)
+        with suppress(BrokenPipeError, ConnectionResetError):  # it died meanwhile; reading from it will tell
+            self.connection.send(batch)
+
+    def receive(self) -> tuple[int, Any] | None:
+        """(number, result), or None if the process has ended."""
+        try:
+            answer = self.connection.recv()
+        except (EOFError, ConnectionResetError):
+            return None
+        self.waiting.popleft()
+        return answer
+
+    def end(self) -> int | None:
+        """Stop, and the exit status: negative for a signal."""
+        self.connection.close()
+        self.process.join(0.2)
+        if self.process.exitcode is None:
+            self.process.kill()
+            self.process.join()
+        return self.process.exitcode
+
+
+class Pool:
+    """See the module's docstring. timeout in seconds and memory in megabytes, both for one task."""
+
+    def __init__(self, factory: Callable, argument: Any, workers: int, timeout: float, memory: int):
+        if "forkserver" in multiprocessing.get_all_start_methods():
+            self._context = multiprocessing.get_context("forkserver")
+            self._context.set_forkserver_preload([factory.__module__])  # imported once, shared by all
+        else:
+            self._context = multiprocessing.get_context("spawn")
+        self._arguments = (factory, argument, timeout, memory)
+        self._timeout, self._memory = timeout, memory
+        self._workers = [self._start() for _ in range(workers)]
+        for worker in self._workers:
+            worker.await_start()
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_) -> None:
+        for worker in self._workers:
+            worker.process.kill()  # whatever it does now is not wanted
+            worker.end()
+
+    def _start(self) -> _Worker:
+        return _Worker(self._context, self._arguments)
+
+    def map(self, tasks: Iterator[Any]) -> Iterator[Any]:
+        """The result of every task, in order; `Failure` where there is none."""
+        numbered = enumerate(tasks)
+        again: deque[tuple[int, Any]] = deque()  # given to a worker that ended before it came to them
+        suspects: deque[tuple[int, Any]] = deque()  # what a worker was at when it ended
+        done: dict[int, Any] = {}
+        first = given = 0  # the next to yield, and the next of `tasks`
+        while True:
+            for worker in self._workers:
+                while not suspects and len(worker.waiting) <= BATCH:
+                    room = max(min(BATCH, WINDOW * len(self._workers) - (given - first)), 0)
+                    batch = [again.popleft() for _ in range(min(BATCH, len(again)))] or list(islice(numbered, room))
+                    if not batch:
+                        break
+                    given = max(given, batch[-1][0] + 1)
+                    worker.give(batch)
+            busy = {worker.connection: worker for worker in self._workers if worker.waiting}
+            if not busy and not suspects:
+                return
+            if not busy:
+                number, task = suspects.popleft()
+                done[number] = self._alone(task)
+            for connection in wait(list(busy)) if busy else ():
+                worker = busy[connection]
+                answer = worker.receive()
+                if answer is not None:
+                    done[answer[0]] = answer[1]
+                    continue
+                worker.end()
+                suspects.append(worker.waiting.popleft())
+                again.extend(worker.waiting)
+                replacement = self._workers[self._workers.index(worker)] = self._start()
+                replacement.await_start()
+            while first in done:
+                yield done.pop(first)
+                first += 1
+
+    def _alone(self, task: Any) -> Any:
+        worker = self._start()
+        worker.await_start()
+        worker.give([(0, task)])
+        answer = worker.receive()
+        status = worker.end()
+        return answer[1] if answer is not None else self._failure(status)
+
+    def _failure(self, status: int) -> Failure:
+        if status == OUT_OF_MEMORY:
+            return Failure(MEMORY, f"needs more than {self._memory} MB, file_memory")
+        if hasattr(signal, "SIGALRM") and status == -signal.SIGALRM:
+            return Failure(TIMEOUT, f"takes longer than {self._timeout:g} s, file_timeout")
+        return Failure(CRASHED, f"ended its process with {f'signal {-status}' if status < 0 else f'status {status}'}")

@@ -1,0 +1,105 @@
+"""The pool: results in order, and a task that hangs, dies or eats memory costs itself alone."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from meloformer.data.pool import CRASHED, MEMORY, TIMEOUT, WINDOW, Failure, Pool
+from meloformer.errors import UserError
+
+
+class Odd:
+    """A worker's callable whose tasks say what goes wrong; `folder` counts the attempts."""
+
+    def __init__(self, folder: str):
+        self.folder = Path(folder)
+        if (self.folder / "broken").exists():
+            os._exit(3)
+
+    def __call__(self, task: str) -> str:
+        what, _, which = task.partition(" ")
+        if what != "good":
+            with open(self.folder / task, "a") as file:
+                file.write("x")
+        if what == "hang":
+            time.sleep(100)
+        elif what == "stuck":  # inside a system call with every signal blocked that can be
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+            time.sleep(100)
+        elif what == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif what == "leave":
+            os._exit(5)
+        elif what == "eat":
+            return str(np.ones(1 << 28).sum())  # two gigabytes
+        elif what == "once" and (self.folder / task).read_text() == "x":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        elif what == "slow":
+            time.sleep(0.05)
+        return which
+
+
+def results(tmp_path, tasks, workers=2, timeout=1.0) -> list:
+    with Pool(Odd, str(tmp_path), workers, timeout, 256) as pool:
+        return list(pool.map(iter(tasks)))
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_results_come_in_order_whatever_takes_how_long(tmp_path, workers):
+    tasks = [f"{'slow' if i % 37 == 0 else 'good'} {i}" for i in range(200)]
+    assert results(tmp_path, tasks, workers) == [str(i) for i in range(200)]
+    assert results(tmp_path, [], workers) == []
+
+
+def test_what_goes_wrong_costs_one_task_and_is_tried_twice(tmp_path):
+    wrong = {"hang 1": TIMEOUT, "stuck 2": TIMEOUT, "die 3": CRASHED, "leave 4": CRASHED, "eat 5": MEMORY}
+    tasks = [f"good {i}" for i in range(60)]
+    for i, task in enumerate(wrong):
+        tasks.insert(7 + 9 * i, task)
+    found = results(tmp_path, tasks)
+    assert [r for r in found if not isinstance(r, Failure)] == [str(i) for i in range(60)]
+    for task, reason in wrong.items():
+        assert found[tasks.index(task)].reason == reason
+        assert (tmp_path / task).read_text() == "xx"
+    assert found[tasks.index("die 3")].detail == "ended its process with signal 9"
+    assert found[tasks.index("eat 5")].detail == "needs more than 256 MB, file_memory"
+    assert found[tasks.index("hang 1")].detail == "takes longer than 1 s, file_timeout"
+
+
+def test_the_second_chance_is_a_real_one(tmp_path):
+    tasks = [f"once {i}" if i in (0, 11, 12, 29) else f"good {i}" for i in range(30)]
+    assert results(tmp_path, tasks) == [str(i) for i in range(30)]
+
+
+def test_a_worker_that_somebody_kills_is_replaced(tmp_path):
+    with Pool(Odd, str(tmp_path), 2, 10, 256) as pool:
+        threading.Timer(0.2, lambda: os.kill(pool._workers[0].process.pid, signal.SIGKILL)).start()
+        assert list(pool.map(f"slow {i}" for i in range(30))) == [str(i) for i in range(30)]
+
+
+def test_the_fast_do_not_run_ahead_of_the_slow_without_bound(tmp_path):
+    """Results that wait for a hanging file once filled the memory."""
+    taken = 0
+
+    def tasks():
+        nonlocal taken
+        for task in ["hang x", *("good y" for _ in range(5 * WINDOW))]:
+            taken += 1
+            yield task
+
+    with Pool(Odd, str(tmp_path), 2, 1.0, 256) as pool:
+        found = pool.map(tasks())
+        assert next(found).reason == TIMEOUT
+        assert taken <= 2 * WINDOW
+        assert len(list(found)) == 5 * WINDOW
+
+
+def test_workers_that_cannot_start_are_one_line_and_no_endless_loop(tmp_path):
+    (tmp_path / "broken").touch()
+    with pytest.raises(UserError, match=r"a worker process cannot start \(exit status 3\)"):
+        results(tmp_path, ["good 1"])

@@ -1,0 +1,125 @@
+"""A preprocessing run that is killed goes on, and nobody can tell from its bytes."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from meloformer import files
+from meloformer.data import Corpus
+from meloformer.data.journal import JOURNAL, Journal
+from meloformer.data.sources import Input
+from meloformer.data.writer import CorpusWriter
+from meloformer.errors import UserError
+from tests.conftest import ROOT
+from tests.data.music import write_folder
+from tests.data.test_preprocess import content, run
+
+
+@pytest.fixture(scope="module")
+def midi(tmp_path_factory) -> Path:
+    """60 short pieces, with a copy and a wreck here and there, far from what they copy."""
+    folder = write_folder(tmp_path_factory.mktemp("midi"), range(60), num_bars=4)
+    for i in range(0, 50, 7):
+        (folder / f"piece{i:03d} again.mid").write_bytes((folder / f"piece{i + 9:03d}.mid").read_bytes())
+        (folder / f"piece{i:03d} wreck.mid").write_bytes((folder / f"piece{i:03d}.mid").read_bytes()[:-9])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(midi, tmp_path_factory) -> Path:
+    """What an unbroken run writes."""
+    output = tmp_path_factory.mktemp("whole") / "out"
+    run(midi, output, shard_size=4)
+    meta = json.loads((output / "meta.json").read_text())
+    assert meta["rejected"] == {"duplicate": 8, "unreadable": 8} and len(meta["shards"]) == 15
+    return output
+
+
+def test_killed_ten_times_at_random_moments(midi, whole, tmp_path):
+    """The parent gets SIGKILL wherever it is: in the pool, between a shard and its entry, while it writes the index."""
+    output = tmp_path / "out"
+    flags = ["--input", str(midi), "--output", str(output), "--shard-size", "4", "--workers", "2"]
+    command = [sys.executable, str(ROOT / "preprocess_data.py"), *flags]
+    rng = random.Random(0)
+
+    def entries() -> int:
+        return len(list((output / JOURNAL).glob("entry-*.safetensors")))
+
+    kills, begun_at = 0, []
+    while kills < 10:
+        begun_at.append(entries())
+        some_more = begun_at[-1] + rng.randrange(4)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and entries() < some_more:
+            time.sleep(0.001)
+        time.sleep(rng.random() * 0.1 if some_more > begun_at[-1] else rng.random())
+        process.send_signal(signal.SIGKILL)
+        if process.wait() == 0:  # too late: that was a whole run
+            assert content(output) == content(whole)
+            shutil.rmtree(output)
+        else:
+            kills += 1
+    assert max(begun_at) > 0
+    run(midi, output, shard_size=4)
+    assert content(output) == content(whole)
+
+
+@pytest.mark.parametrize("fails_at", ["entry-00002", "shard-00003", "index", "meta.json"])
+def test_a_full_disk_is_one_line_and_what_is_finished_stays(midi, whole, tmp_path, monkeypatch, fails_at):
+    replace = files.os.replace
+
+    def full(source, target):
+        if fails_at in str(target):
+            raise OSError(28, "No space left on device", str(target))
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "replace", full)
+        with pytest.raises(UserError, match=rf"{fails_at}.*: cannot be written \(No space left on device\); make room"):
+            run(midi, tmp_path / "out", shard_size=4)
+    finished = sorted((tmp_path / "out").glob("shard-*"))
+    assert len(finished) == {"entry-00002": 3, "shard-00003": 3}.get(fails_at, 15)
+    for path in finished:
+        assert path.read_bytes() == (whole / path.name).read_bytes()
+    begun_at = []
+    after = Input.after
+    monkeypatch.setattr(Input, "after", lambda self, number: begun_at.append(number) or after(self, number))
+    run(midi, tmp_path / "out", shard_size=4)
+    assert content(tmp_path / "out") == content(whole)
+    assert not begun_at or min(begun_at) >= 8  # it did not begin again
+
+
+def test_an_output_where_nothing_can_be_written_is_one_line(midi, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/out: cannot be written \(Not a directory\)|file/out/journal: cannot"):
+        run(midi, tmp_path / "file" / "out")
+
+
+def test_an_unfinished_corpus_is_not_continued_as_another(midi, tmp_path, monkeypatch):
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(CorpusWriter, "finish", interrupted)
+        run(midi, tmp_path / "out", limit=12, shard_size=4)
+    with pytest.raises(
+        UserError, match=r"an unfinished corpus made otherwise \(limit was 12, now 9; other input files\)"
+    ):
+        run(midi, tmp_path / "out", limit=9, shard_size=4)
+    run(midi, tmp_path / "out", limit=12, shard_size=4)
+    assert Corpus(tmp_path / "out").meta["totals"]["files"] == 12
+
+
+def test_two_runs_do_not_write_into_one_folder(midi, tmp_path):
+    with (
+        Journal(tmp_path, {"settings": {}, "input": {}}, 0),
+        pytest.raises(UserError, match="another run is writing here"),
+    ):
+        run(midi, tmp_path)
