@@ -118,7 +118,7 @@ class DecodingSession:
         batch = {**batch, "segment_document": closed}
         fields = torch.stack(joint_fields(batch, self.rule.summaries)).to(self.cache.device)
         at, slots = self._write_fields(fields, (fields[0] >= 0).cpu().numpy())
-        inputs = self.model.prepare(batch)
+        inputs = self.model.prepare(batch, "dense")
         visibility = Visibility(inputs.mask, self.model.compute_dtype())
 
         def attend_and_keep(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
