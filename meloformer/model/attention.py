@@ -25,16 +25,16 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from meloformer.errors import UserError
-from meloformer.model.block_table import block_tables, count_blocks
+from meloformer.model.block_table import KEY_ORDER, block_tables, count_blocks, order_of
 from meloformer.model.masks import AttentionRule, Fields
-from meloformer.model.packed import pack, packed_rule
+from meloformer.model.packed import KEY_WORDS, pack, packed_rule
 
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # before torch 2.10
     varlen_attn = None
 
-BLOCK_SIZE = (64, 64)  # queries, keys; docs/log.md: a quarter fewer pairs visited than at 128 x 128
+BLOCK_SIZE = (64, 64)  # queries, keys; docs/log.md: a quarter less is visited than at 128 x 128
 # Tiles of the CUDA kernels, each a divisor of its block: M are queries and N keys, of the forward pass and of the two
 # halves of the backward pass.
 _TILES = {"BLOCK_M": 0, "BLOCK_N": 1, "BLOCK_M1": 0, "BLOCK_N1": 1, "BLOCK_M2": 0, "BLOCK_N2": 1}
@@ -58,8 +58,25 @@ class Visibility:
         return out.transpose(1, 2).masked_fill(blind, 0.0)
 
 
+class _Permute(torch.autograd.Function):
+    """x (B, T, H, D) in another order along T. The gradient is gathered too: scattering adds in atomics."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.take_along_dim(order[..., None, None], 1)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return gradient.take_along_dim(inverse[..., None, None], 1), None, None
+
+
 class BlockVisibility:
-    """Flex: fields (B, T) on the CPU, in physical order, the summaries first; the tables are made on `device`."""
+    """Flex: fields (B, T) on the CPU, in physical order, the summaries first; the tables are made on `device`.
+
+    Queries stand in that order; keys are put into their own, `key_order` (B, T), for the call of the kernel.
+    """
 
     def __init__(
         self,
@@ -71,9 +88,15 @@ class BlockVisibility:
     ):
         rows, length = fields.document.shape
         rule = rule.to(device)
-        self.counts = torch.stack(
-            [count_blocks(rule, fields.at(b), num_summaries, block_size, device) for b in range(rows)]
-        )
+        words = pack(rule, fields)
+        self.key_order, places = None, [None] * rows
+        if not rule.full_causal:
+            order = np.stack([order_of(fields.at(b), num_summaries, KEY_ORDER) for b in range(rows)])
+            places = order.argsort(axis=1)
+            self.key_order, self.key_place = (torch.from_numpy(x).to(device) for x in (order, places))
+            words[:KEY_WORDS] = words[:KEY_WORDS].take_along_dim(torch.from_numpy(order)[None], -1)
+        counts = [count_blocks(rule, fields.at(b), num_summaries, block_size, device, places[b]) for b in range(rows)]
+        self.counts = torch.stack(counts)  # (B, blocks of queries, blocks of keys) visible pairs
         kv_num, kv, full_num, full, q_num, q, full_q_num, full_q = block_tables(self.counts, block_size)
         self.block_mask = BlockMask(
             seq_lengths=(length, length),
@@ -86,7 +109,7 @@ class BlockVisibility:
             full_q_num_blocks=full_q_num,
             full_q_indices=full_q,
             BLOCK_SIZE=block_size,
-            mask_mod=packed_rule(rule, pack(rule, fields).to(device)),
+            mask_mod=packed_rule(rule, words.to(device)),
         )
         tiles = {name: block_size[axis] for name, axis in _TILES.items()}
         self.kernel_options = tiles if torch.device(device).type == "cuda" else None
@@ -97,6 +120,8 @@ class BlockVisibility:
         # The last layer asks for regular tokens only. One shape for all layers is one graph for all layers.
         missing = k.shape[1] - q.shape[1]
         q = F.pad(q, (0, 0, 0, 0, missing, 0))
+        if self.key_order is not None:
+            k, v = (_Permute.apply(x, self.key_order, self.key_place) for x in (k, v))
         q, k, v = (x.to(v.dtype).transpose(1, 2) for x in (q, k, v))
         out = _compiled_flex(q, k, v, block_mask=self.block_mask, kernel_options=self.kernel_options)
         return out.transpose(1, 2)[:, missing:]

@@ -2,7 +2,7 @@
 
     count_blocks(rule, fields, num_summaries, block_size)  Fields (T,) on the CPU, any order -> (Tq, Tk) int32 counts
     block_tables(counts, block_size)                       (B, Tq, Tk) -> a BlockMask's index tables, both ways
-    order_of(fields, num_summaries)                        (T,): the physical order of a row; summaries stay first
+    order_of(fields, num_summaries, kinds)                 (T,): a physical order of a row; summaries stay first
 
 Counts are exact numbers of visible pairs, so a block has something to compute where count > 0 and is full where count
 is its area. `device=` says where the work over pairs of runs is done; the host only sorts and cuts the row, and
@@ -44,17 +44,20 @@ from meloformer.model.masks import (
 
 LONGEST_RUN = 32  # tokens, but for a longer onset: pairs within runs are counted one by one
 RUNS_AT_ONCE = 1024
-# Kinds side by side in memory: what sees the same keys, or is seen by the same queries, shares blocks.
-_PLACE_OF_KIND = np.zeros(NUM_KINDS, dtype=np.int64)
-_PLACE_OF_KIND[[SUMMARY, GLOBAL, OPEN, TIME, PITCH, DURATION, VELOCITY]] = range(7)
+# Kinds that stand together in memory, in stream order; a letter is a kind's first. docs/log.md compares groupings.
+_LETTERS = {"S": SUMMARY, "G": GLOBAL, "O": OPEN, "T": TIME, "P": PITCH, "L": DURATION, "V": VELOCITY}
+QUERY_ORDER = "S G O TV P L"  # by default T and V see the same keys
+KEY_ORDER = "S G O TP L V"  # and T and P are seen by the same queries
 
 
-def order_of(fields: Fields, num_summaries: int) -> np.ndarray:
-    """(T,) indices: summaries, then by piece, by kind, by stream position; padding last of each."""
+def order_of(fields: Fields, num_summaries: int, kinds: str = QUERY_ORDER) -> np.ndarray:
+    """(T,) indices: summaries, then by piece, by group of kinds, by stream position; padding last of each."""
     document, position, kind = (np.asarray(x) for x in (fields.document, fields.position, fields.kind))
-    regular = np.arange(len(document)) >= num_summaries
-    padding = document < 0
-    return np.lexsort((position, np.where(padding, 0, _PLACE_OF_KIND[kind]), document, padding, regular))
+    group = np.zeros(NUM_KINDS, dtype=np.int64)
+    for number, letters in enumerate(kinds.split()):
+        group[[_LETTERS[letter] for letter in letters]] = number
+    regular, padding = np.arange(len(document)) >= num_summaries, document < 0
+    return np.lexsort((position, np.where(padding, 0, group[kind]), document, padding, regular))
 
 
 class _Runs(NamedTuple):
@@ -84,12 +87,17 @@ def count_blocks(
     num_summaries: int,
     block_size: tuple[int, int],
     device: torch.device | str = "cpu",
+    key_place: np.ndarray | None = None,
 ) -> Tensor:
-    """(blocks of queries, blocks of keys) int32: visible pairs in each block; `rule` has its tables on `device`."""
+    """(blocks of queries, blocks of keys) int32: visible pairs in each block; `rule` has its tables on `device`.
+
+    key_place: (T,) where each token stands among the keys, if they are in another order than the queries.
+    """
     f = Fields(*(np.asarray(x) for x in fields))
     length = len(f.document)
     shape = tuple(-(-length // size) for size in block_size)
-    block_of = [np.arange(length) // size for size in block_size]
+    places = np.arange(length), np.arange(length) if key_place is None else key_place
+    block_of = [place // size for place, size in zip(places, block_size)]
     summary, regular = _sorted(f, np.arange(num_summaries)), _sorted(f, np.arange(num_summaries, length))
     counts = torch.zeros(shape, dtype=torch.int32, device=device)
     if len(regular) == 0:
@@ -175,8 +183,9 @@ def _count_between(
 ) -> Tensor:
     """(query bags, key bags) float32: pairs of different runs that bars and the order of the stream allow."""
     num_runs = len(runs.document)
-    piece_and_instrument, part = np.unique(runs.document * 1024 + runs.instrument + 1, return_inverse=True)
-    piece_and_bar, bar = np.unique((runs.document.astype(np.int64) << 32) + runs.bar + 1, return_inverse=True)
+    piece = runs.document.astype(np.int64) << 32
+    piece_and_instrument, part = np.unique(piece + runs.instrument + 1, return_inverse=True)
+    piece_and_bar, bar = np.unique(piece + runs.bar + 1, return_inverse=True)
     speaker_of_part, speaker_of_bar = np.zeros(len(piece_and_instrument), int), np.zeros(len(piece_and_bar), int)
     speaker_of_part[part], speaker_of_bar[bar] = np.arange(num_runs), np.arange(num_runs)
     about = np.stack([runs.document, runs.bar, runs.instrument, runs.is_global]).astype(np.int32)

@@ -32,6 +32,9 @@ _INSTRUMENT = (1 << _BAR_SHIFT) - (1 << _INSTRUMENT_SHIFT)
 MAX_BARS = 1 << (31 - _BAR_SHIFT)
 
 
+KEY_WORDS = 3  # the first of them
+
+
 def pack(rule: AttentionRule, f: Fields) -> Tensor:
     """(8, B, T) int32. Of keys: place, about, onset; of queries: first place among regular keys, among summaries,
     last place, about, onset. `about` is bar, instrument and kind bits."""
