@@ -1,11 +1,11 @@
 """Attention over real packed rows: block-sparse against the fastest causal kernel at hand, forward and backward.
 
-    python -m benchmarks.attention --data_dir processed/ [--lengths 2048,8192,24576] [--model_size base] [--batch_size 1]
+    python -m benchmarks.attention --data_dir processed/ [--lengths 2048,8192,24576] [--model_size base]
 
 For rows of single pieces and packed ones, each line: blocks visited relative to the baseline's, milliseconds and peak
 MiB of attention forward and backward for sparse (flex) and for causal inside each piece (fused), the time to build the
-table, and sparse as a multiple of the baseline. On a CPU, in a reduced form: the forward pass of flex, in float32,
-rows of --cpu_tokens tokens. `--block_size 128x64` tries another; repeated, several.
+table, and sparse as a multiple of the baseline. `--block_size 128x64` tries another; repeated, several. On a CPU, in a
+reduced form: forward only, in float32, rows of --cpu_tokens tokens, and dense beside a direct call with the mask.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from benchmarks.blocks import baseline_blocks
 from benchmarks.rows import packed_rows
 from meloformer.config import MODEL_SIZES, ModelConfig
 from meloformer.hid.rows import stack_rows
-from meloformer.model.attention import BlockVisibility, PieceVisibility, attend
+from meloformer.model.attention import BlockVisibility, PieceVisibility, Visibility, attend
 from meloformer.model.block_table import order_of
-from meloformer.model.masks import AttentionRule, Fields, joint_fields
+from meloformer.model.masks import AttentionRule, Fields, dense_mask, joint_fields
 
 SDPA_KERNELS = {"flash sdpa": SDPBackend.FLASH_ATTENTION, "cuDNN sdpa": SDPBackend.CUDNN_ATTENTION}
 
@@ -92,6 +92,26 @@ def random_qkv(batch_size: int, length: int, size: str, device: torch.device, tr
     return [torch.randn(shape, device=device, dtype=dtype, requires_grad=train) for _ in range(3)]
 
 
+def dense_beside_direct(rule: AttentionRule, joint: Fields, qkv: list[Tensor], m: int, device: torch.device) -> None:
+    """The dense backend against scaled_dot_product_attention with the boolean mask, per layer of a model of twelve."""
+    mask = dense_mask(rule, joint, m)[:, m:]
+    keys = [F.pad(x, (0, 0, 0, 0, m, 0)) for x in qkv[1:]]
+
+    def dense() -> None:
+        visibility = Visibility(mask, qkv[0].dtype)
+        for _ in range(12):
+            attend(qkv[0], *keys, visibility)
+
+    def direct() -> None:
+        q, k, v = (x.transpose(1, 2) for x in (qkv[0], *keys))
+        for _ in range(12):
+            F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
+
+    with torch.no_grad():
+        (ours, _), (theirs, _) = measure(dense, device), measure(direct, device)
+    print(f"    dense: {ours / 12:.2f} ms; masked sdpa called directly {theirs / 12:.2f} ms; speed {theirs / ours:.2f}")
+
+
 def one_case(batch: dict, rows: list, device: torch.device, size: str, block_sizes: list[tuple[int, int]]) -> None:
     train = device.type == "cuda"
     rule, n = AttentionRule(ModelConfig(size="small")), batch["tokens"].shape[1]
@@ -109,17 +129,20 @@ def one_case(batch: dict, rows: list, device: torch.device, size: str, block_siz
         except RuntimeError as error:
             print(f"    {name}: not on this device ({str(error).splitlines()[0][:80]})")
     name, (base_ms, base_mib) = min(results.items(), key=lambda item: item[1][0])
-    print(f"    baseline {name}: {base_ms:.2f} ms, {base_mib:.0f} MiB")
+    print(f"    baseline {name}: {base_ms:.2f} ms" + (f", {base_mib:.0f} MiB" if train else ""))
 
+    if not train:
+        dense_beside_direct(rule, joint, qkv, m, device)
     qkv, base = random_qkv(len(rows), length, size, device, train), sum(map(baseline_blocks, rows))
     for block_size in block_sizes:
         build, _ = measure(lambda b=block_size: BlockVisibility(rule, joint, m, device, b), device)
         visibility = BlockVisibility(rule, joint, m, device, block_size)
         visited = int((visibility.counts > 0).sum()) * block_size[0] * block_size[1] / 128**2 / base
         ms, mib = measure(forward_backward(lambda q, k, v, x=visibility: attend(q, k, v, x), qkv, train), device)
+        memory = f", {mib:.0f} MiB ({mib / base_mib:.2f} of the baseline's)" if train else ""
         print(
-            f"    sparse {block_size[0]:>3} x {block_size[1]:<3}: {ms:.2f} ms, {mib:.0f} MiB; blocks {visited:.3f}; "
-            f"speed {base_ms / ms:.2f}, memory {mib / base_mib:.2f} of the baseline's; table {build:.1f} ms",
+            f"    sparse {block_size[0]:>3} x {block_size[1]:<3}: {ms:.2f} ms{memory}; blocks {visited:.3f}; "
+            f"speed {base_ms / ms:.2f} of the baseline's; table {build:.1f} ms",
             flush=True,
         )
 

@@ -115,17 +115,16 @@ def main() -> None:
                     kernel = r["backend"]
                     if kernel == "fused":
                         kernel += f" ({PieceVisibility.kernel(torch.empty(0, device=device, dtype=torch.bfloat16))})"
+                    memory = f"{r['peak GiB']:6.1f} GiB " if on_gpu else ""
                     print(
                         f"    {pattern:12} {1e3 * r['seconds']:8.1f} ms {r['tokens/s']:9.0f} tokens/s "
-                        f"{r['peak GiB']:6.1f} GiB {r['of matrix rate']:5.2f} of matrix rate, "
+                        f"{memory}{r['of matrix rate']:5.2f} of matrix rate, "
                         f"host prepares {r['host prepares']:.2f}; {kernel}",
                         flush=True,
                     )
                 sparse, causal = results["bar_sparse"], results["full_causal"]
-                print(
-                    f"    sparse: speed {sparse['tokens/s'] / causal['tokens/s']:.2f}, "
-                    f"memory {sparse['peak GiB'] / causal['peak GiB']:.2f} of full causal's"
-                )
+                memory = f", memory {sparse['peak GiB'] / causal['peak GiB']:.2f}" if on_gpu else ""
+                print(f"    sparse: speed {sparse['tokens/s'] / causal['tokens/s']:.2f}{memory} of full causal's")
 
 
 if __name__ == "__main__":

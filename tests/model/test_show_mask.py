@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from meloformer.errors import UserError
-from meloformer.midi import write_score
+from meloformer.hid import Tokenizer
+from meloformer.midi import write_midi
 from meloformer.model import show_mask
 from tests.hid.streams import VOCABULARY
 from tests.model.music import rich_stream
@@ -24,9 +25,7 @@ def test_the_picture_of_any_rule_is_drawn_with_its_share(config, tmp_path):
 
 
 def test_the_command_draws_a_file(tmp_path, monkeypatch, capsys):
-    from meloformer.hid import Tokenizer
-
-    write_score(Tokenizer(VOCABULARY).decode(rich_stream(2, 400)), tmp_path / "song.mid")
+    write_midi(Tokenizer(VOCABULARY).decode(rich_stream(2, 400)), tmp_path / "song.mid")
     arguments = [str(tmp_path / "song.mid"), "--output", str(tmp_path / "mask.png")]
     monkeypatch.setattr(sys, "argv", ["show_mask", *arguments, "--bars", "2"])
     show_mask.main()
