@@ -62,7 +62,7 @@ def _spell_flags(cls: type[Settings], words: list[str]) -> list[str]:
             continue
         name = flag[2:].replace("-", "_")
         known = {key.flag: key for key in cls.options()}
-        negated = name.startswith("no_") and name not in known and name[3:] in known and known[name[3:]].hint is bool
+        negated = name.startswith("no_") and name not in known and name[3:] in known and _is_switch(known[name[3:]])
         key = known[name[3:]] if negated else find_key(cls, name, flag)
         spelled.append(f"--{'no-' if negated else ''}{key.flag}{equals}{value}")
     return spelled
@@ -82,10 +82,15 @@ def _parser(cls: type[Settings], description: str | None) -> argparse.ArgumentPa
         section = key.path[0] if len(key.path) > 1 else ""
         if section not in groups:
             groups[section] = parser.add_argument_group(SECTION_TITLES.get(section, section))
-        action = {"action": argparse.BooleanOptionalAction} if key.hint is bool else {"metavar": _metavar(key.hint)}
+        action = {"action": argparse.BooleanOptionalAction} if _is_switch(key) else {"metavar": _metavar(key.hint)}
         # default=None, not the real one: what was not given must not override the yaml file
         groups[section].add_argument(f"--{key.flag}", dest=key.dotted, default=None, help=_help(key), **action)
     return parser
+
+
+def _is_switch(key: Key) -> bool:
+    """Whether its flag is --name or --no-name; None may stand for a default that is worked out later."""
+    return key.hint is bool or key.hint == bool | None
 
 
 def _metavar(hint: Any) -> str:

@@ -170,6 +170,9 @@ class TrainingConfig(Settings):
     resume: str = option(
         "never", "auto goes on from output_dir's latest checkpoint if it has one; or the path of one of its checkpoints"
     )
+    init_from: str | None = option(
+        None, "fine-tune: begin with the weights (and the model settings) of this run or checkpoint"
+    )
     epochs: int = option(100, "passes over the training pieces")
     max_steps: int | None = option(None, "stop after this many optimizer steps", shown="all epochs")
     batch_size: int = option(4, "rows on each GPU in one pass")
@@ -187,8 +190,15 @@ class TrainingConfig(Settings):
     device: str = option("auto", "auto, cpu, cuda or cuda:1")
     seed: int = option(0, "initial weights, order and variations")
     num_workers: int = option(2, "threads that build rows ahead of need; 0 builds them when they are needed")
+    gradient_checkpointing: bool = option(
+        False, "compute activations again in the backward pass: less memory, a quarter more time"
+    )
+    compile: bool | None = option(None, "fuse the model's operations with torch.compile", shown="on a GPU")
     val_interval: int = option(500, "steps between validations")
     val_max_rows: int = option(256, "held-out rows in a validation while training; evaluate.py takes all")
+    val_task_rows: int = option(32, "held-out rows for each way of deferring bars (infilling); 0 leaves it out")
+    patience: int = option(0, "stop after this many validations without a better one; 0 never does")
+    sample_interval: int = option(0, "steps between pieces written to the run's samples/ to listen to; 0 writes none")
     save_interval: int = option(500, "steps between checkpoints")
     keep_last: int = option(3, "checkpoints kept besides the best")
     log_interval: int = option(10, "steps between lines of metrics.jsonl")
@@ -205,7 +215,8 @@ class TrainingConfig(Settings):
         for name in ("learning_rate", "max_grad_norm"):
             value = getattr(self, name)
             self.require(value > 0, f"training.{name}", value, "above 0", "see --help for the default")
-        for name in ("min_lr", "warmup_steps", "weight_decay", "seed", "num_workers"):
+        not_negative = ("min_lr", "warmup_steps", "weight_decay", "seed", "num_workers", "val_task_rows", "patience")
+        for name in (*not_negative, "sample_interval"):
             value = getattr(self, name)
             self.require(value >= 0, f"training.{name}", value, "at least 0", "see --help for the default")
         for name in ("beta1", "beta2"):
@@ -304,6 +315,9 @@ class EvaluateConfig(Settings):
     checkpoint: str = option(help="a run (its best checkpoint is taken) or one checkpoint")
     data_dir: str | None = option(None, "folder that preprocess_data.py wrote", shown="the run's own")
     split: Literal["validation", "train"] = option("validation", "which pieces, by the run's own split")
+    max_seq_len: int | None = option(
+        None, "read rows of this many tokens, so with more or less context", shown="the run's own"
+    )
     batch_size: int = option(1, "rows in one pass")
     device: str = option("auto", "auto, cpu, cuda or cuda:1")
     precision: Literal["auto", "bf16", "fp32"] = option("auto", "auto is bf16 on hardware that has it, else fp32")
@@ -311,3 +325,5 @@ class EvaluateConfig(Settings):
 
     def validate(self) -> None:
         self.require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1", "1 is the default")
+        rows = self.max_seq_len
+        self.require(rows is None or rows >= 16, "max_seq_len", rows, "at least 16", "leave it out for the run's own")

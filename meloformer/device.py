@@ -14,10 +14,15 @@ import torch
 from meloformer.errors import UserError
 
 
-def choose_device(name: str) -> torch.device:
-    """The device that `name` asks for, `auto` being the first GPU if there is one; UserError if it is not there."""
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device that `name` asks for, `auto` being a GPU if there is one; UserError if it is not there.
+
+    `auto` and `cuda` mean the GPU number `local_rank`, which is this process's number among those of its machine.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -8,6 +8,7 @@ meloformer.errors.UserError: configs/demo.yaml: model.n_layers is not a key; the
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -17,11 +18,15 @@ class UserError(ValueError):
 
 
 def exit_cleanly(main: Callable[[], None]) -> None:
-    """Run a command; a `UserError` becomes one line on stderr and exit status 2, Ctrl-C exit status 130."""
+    """Run a command; a `UserError` becomes one line on stderr and exit status 2, Ctrl-C exit status 130.
+
+    Of the processes that torchrun starts on a machine the first one speaks: they were given the same command line.
+    """
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -84,6 +84,12 @@ def test_evaluation_stands_beside_its_baselines(path):
     assert set(result["baselines"]) == {"unigram", "bigram", "repeat_bar"}
     assert f"{result['nats_per_note']:.2f}" in out
     assert result["nats_per_note"] > 0
+    # the same notes with less context, under another name
+    options = ["--max_seq_len", "256", "--output", path / "short.json", "--device", "cpu"]
+    succeed("evaluate.py", "--checkpoint", path / "run", *options)
+    short = json.loads((path / "short.json").read_text())
+    assert (short["notes"], short["max_seq_len"]) == (result["notes"], 256)
+    assert short["nats_per_note"] != result["nats_per_note"]
 
 
 def test_what_is_finished_is_not_done_again(path):

@@ -1,7 +1,8 @@
 """evaluate.py: held-out likelihood of a checkpoint beside what guessing without a network reaches.
 
 In: an `EvaluateConfig`. The rows are cut and packed as they were in training, by the data settings saved with the
-checkpoint, and each is read once. Out: a table, and evaluation.json in the run's folder (or `output`), whole or absent:
+checkpoint, or into rows of `max_seq_len`, and each is read once. Out: a table, and evaluation.json in the run's folder
+(or `output`), whole or absent:
 
     {"nats_per_note": 3.6, "nats_per_bar": 31.0, "by_type": {...}, ..., "baselines": {"unigram": {..}, ..},
      "checkpoint": "runs/base/checkpoints/step_00004000", "step": 4000, "split": "validation", "data_hash": ".."}
@@ -42,6 +43,8 @@ def run(config: EvaluateConfig) -> dict:
         raise UserError(f"--output {output}: {output.parent} is no folder; make it first, or leave --output out")
 
     saved = {**state["config"]["data"], **({"data_dir": config.data_dir} if config.data_dir else {})}
+    if config.max_seq_len:
+        saved |= {"max_seq_len": config.max_seq_len, "max_segments": None}
     data = DataConfig.from_dict(saved, f"{folder}: data")
     corpus = Corpus(data.data_dir)
     device = choose_device(config.device)
@@ -70,6 +73,7 @@ def run(config: EvaluateConfig) -> dict:
         "checkpoint": str(folder),
         "step": state["progress"]["step"],
         "split": config.split,
+        "max_seq_len": data.max_seq_len,
         "pieces": len(plan.pieces),
         "data_dir": data.data_dir,
         "data_hash": corpus.hash,
@@ -89,7 +93,8 @@ def report(evaluation: dict) -> str:
     """The numbers as text: the model and the baselines, then the model by token type."""
     lines = [
         f"{evaluation['checkpoint']}, step {evaluation['step']}: {evaluation['split']} split, "
-        f"{evaluation['pieces']:,} pieces, {evaluation['notes']:,} notes, {evaluation['bars']:,} bars",
+        f"{evaluation['pieces']:,} pieces, {evaluation['notes']:,} notes, {evaluation['bars']:,} bars, "
+        f"in rows of {evaluation['max_seq_len']:,} tokens",
         "",
         f"{'':14}{'nats a note':>12}{'a bar':>10}{'a token':>10}{'perplexity':>12}",
     ]

@@ -17,7 +17,7 @@ models compare whatever their tokens are; per token does not have that property.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -54,6 +54,11 @@ class Likelihood:
         self.bars += count_bars(batch)
         self.rows += int((batch["document"] >= 0).any(axis=-1).sum())
 
+    def combine(self, sum_arrays: Callable[..., list[np.ndarray]]) -> None:
+        """Make these the sums of all processes."""
+        self.nats, self.count, totals = sum_arrays(self.nats, self.count, np.array([self.bars, self.rows]))
+        self.bars, self.rows = totals.tolist()
+
     def result(self) -> dict:
         nats, tokens, notes = float(self.nats.sum()), int(self.count.sum()), int(self.count[Family.PITCH])
         by_type = {}
@@ -82,9 +87,15 @@ def count_bars(batch: Mapping[str, np.ndarray]) -> int:
 
 @torch.no_grad()
 def evaluate_likelihood(
-    model, batches: Iterable[Mapping[str, np.ndarray]], precision: torch.dtype = torch.float32
+    model,
+    batches: Iterable[Mapping[str, np.ndarray]],
+    precision: torch.dtype = torch.float32,
+    sum_arrays: Callable[..., list[np.ndarray]] | None = None,
 ) -> dict:
-    """Likelihood of every target in `batches`, dropout off; leaves the model in the mode it was in."""
+    """Likelihood of every target in `batches`, dropout off; leaves the model in the mode it was in.
+
+    Where several processes have a share of the batches each, `sum_arrays` adds up theirs (training.distributed.Ranks).
+    """
     likelihood = Likelihood()
     was_training = model.training
     model.eval()
@@ -96,15 +107,23 @@ def evaluate_likelihood(
             likelihood.add(batch, metrics["nats"].cpu().double().numpy(), metrics["count"].cpu().numpy())
     finally:
         model.train(was_training)
+    if sum_arrays is not None:
+        likelihood.combine(sum_arrays)
     return likelihood.result()
 
 
-def split_batches(plan, batch_size: int, max_rows: int | None = None) -> Iterator[dict[str, np.ndarray]]:
-    """Every row of a plan once, in batches of one shape; or `max_rows` of them, spread evenly over the plan."""
+def split_batches(
+    plan, batch_size: int, max_rows: int | None = None, rank: int = 0, world_size: int = 1
+) -> Iterator[dict[str, np.ndarray]]:
+    """Every row of a plan once, in batches of one shape; or `max_rows` of them, spread evenly over the plan.
+
+    Of `world_size` processes each gets its share of the rows, the process `rank` those from `rank` on.
+    """
     rows = range(plan.num_rows)
     if max_rows is not None and plan.num_rows > max_rows:
         # Rows lie from long pieces to short ones: the first ones alone would not speak for the split.
         rows = [(2 * i + 1) * plan.num_rows // (2 * max_rows) for i in range(max_rows)]
+    rows = rows[rank::world_size]
     for first in range(0, len(rows), batch_size):
         group = [plan.row(row)[0] for row in rows[first : first + batch_size]]
         group += [plan.empty_row()] * (batch_size - len(group))

@@ -55,11 +55,11 @@ def defer(tokens: np.ndarray, cells: Iterable[tuple[int, int]], vocabulary: Voca
         out.append(piece[:first_bar])
         bars += [np.array([v.BAR], dtype=tokens.dtype)] * (max(chosen, default=-1) + 1 - len(bars))
         for bar, cell in enumerate(bars):
-            head, notes = _head_and_notes(cell, v)
-            if len(notes) and notes[0] == v.MASK:
+            if cell[-1] == v.MASK:
                 fills.append(next(old_fills)[1:])
                 out.append(cell)
             elif bar in chosen:
+                head, notes = _head_and_notes(cell, v)
                 fills.append(notes)
                 out += [head, [v.MASK]]
             else:

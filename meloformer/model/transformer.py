@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from meloformer.config import ModelConfig
 from meloformer.errors import UserError
@@ -119,6 +120,7 @@ class MeloFormer(nn.Module):
         super().__init__()
         config.validate()
         self.config, self.vocabulary, self.max_seq_len = config, vocabulary, max_seq_len
+        self.gradient_checkpointing = False  # keep only what enters each layer, and compute the rest twice
         self.rule = AttentionRule(config)
         self.rotary = Rotary(config.d_model // config.n_head, config.rotary_axes, vocabulary.resolution)
         self.register_buffer(
@@ -151,6 +153,10 @@ class MeloFormer(nn.Module):
             if parameter.dim() == 2:
                 scale = branch if name.endswith("out.weight") else 1.0
                 nn.init.normal_(parameter, std=scale * parameter.shape[1] ** -0.5)
+
+    def compile_layers(self) -> None:
+        """Have torch.compile fuse what lies between the tokens and the head; batches then keep one shape."""
+        self.hidden = torch.compile(self.hidden, dynamic=False)
 
     @property
     def device(self) -> torch.device:
@@ -223,7 +229,11 @@ class MeloFormer(nn.Module):
             x = F.dropout(x, self.config.dropout, self.training)
         rotary = self.rotary(position, time)
         for i, layer in enumerate(self.layers):
-            x = layer(x, m, rotary, lambda q, k, v, i=i: attend(i, q, k, v))
+            arguments = (x, m, rotary, lambda q, k, v, i=i: attend(i, q, k, v))
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, *arguments, use_reentrant=False)
+            else:
+                x = layer(*arguments)
         return self.output_norm(x)
 
     def head(self, hidden: Tensor) -> Tensor:

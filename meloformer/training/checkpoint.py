@@ -2,7 +2,8 @@
 
     checkpoints/step_00000500/   model.safetensors, config.json   what `MeloFormer.from_pretrained` reads
                                  optimizer.safetensors            one tensor per parameter and moment, by name
-                                 state.json                       everything else that resuming needs; numbers and text
+                                 state.json                       everything else that resuming needs; numbers and text,
+                                                                  and the sha256 of the other files and of itself
     checkpoints/latest, best     text files holding the name of a step's folder and a newline
 
 A folder is written aside (`.step_00000500.tmp`), synced, and renamed into place; then `latest` is moved to it. `latest`
@@ -18,6 +19,7 @@ What surprises: the folder of the best validation is never removed, so a run hol
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -25,10 +27,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from meloformer.data.shards import checksum
 from meloformer.errors import UserError
 from meloformer.files import sync_directory, write_atomic
 
@@ -118,7 +121,9 @@ def save(
         aside.mkdir()
         save_model(aside)
         save_file(optimizer, aside / OPTIMIZER)
-        (aside / STATE).write_text(json.dumps({"format": FORMAT, **state}, indent=1), encoding="utf-8")
+        state = {"format": FORMAT, **state, "sha256": {file.name: checksum(file) for file in sorted(aside.iterdir())}}
+        state["sha256"][STATE] = state_checksum(state)
+        (aside / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
         for file in aside.iterdir():
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
@@ -178,15 +183,30 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: unreadable ({error}); resume from another checkpoint") from None
 
 
+def state_checksum(state: dict) -> str:
+    """sha256 of what state.json says, its own checksum apart; spaces and the order of keys do not count."""
+    others = {name: value for name, value in state["sha256"].items() if name != STATE}
+    return hashlib.sha256(json.dumps({**state, "sha256": others}, sort_keys=True).encode()).hexdigest()
+
+
 def check(folder: Path) -> None:
-    """CheckpointError, naming the file, where a checkpoint is missing something or is cut short. Reads headers only."""
-    read_state(folder)
-    for name in (MODEL, OPTIMIZER):
+    """CheckpointError, naming the file, where a single byte of a checkpoint is missing or not what was written."""
+    state = read_state(folder)
+    expected = state.get("sha256")
+    if not isinstance(expected, dict) or not {MODEL, OPTIMIZER, STATE} <= expected.keys():
+        raise CheckpointError(f"{folder / STATE}: names no checksums; resume from another checkpoint")
+    for name, sha256 in expected.items():
         try:
-            with safe_open(folder / name, framework="pt"):
-                pass
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{folder / name}: unreadable ({error}); resume from another checkpoint") from None
+            found = state_checksum(state) if name == STATE else checksum(folder / name)
+        except OSError as error:
+            raise CheckpointError(
+                f"{folder / name}: unreadable ({error.strerror}); resume from another checkpoint"
+            ) from None
+        if found != sha256:
+            raise CheckpointError(
+                f"{folder / name}: damaged (sha256 {found[:12]}, {sha256[:12]} was written); "
+                "resume from another checkpoint, or let --resume auto choose"
+            )
 
 
 def find(path: str | Path) -> Path:

@@ -3,7 +3,7 @@
 metrics.jsonl holds one JSON object a line. Every record has `step` (updates done) and `kind`:
 
     {"kind": "train", "step": 20, "epoch": 0, "loss": 2.31, "lr": 0.0003, "grad_norm": 0.8, ...}
-    {"kind": "validation", "step": 20, "nats_per_note": 7.1, "nats_per_bar": 61.0, "by_type": {"T": ..., "P": ...}, ...}
+    {"kind": "validation", "step": 20, "nats_per_note": 7.1, "by_type": {"T": {..}, ..}, "by_task": {"track": 5.2, ..}}
 
 >>> cut_back(Path("runs/base/metrics.jsonl"), step=500)   # doctest: +SKIP
 
@@ -20,6 +20,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from meloformer.errors import UserError
 from meloformer.files import write_atomic
 
 METRICS = "metrics.jsonl"
@@ -55,10 +56,21 @@ class RunLog:
     def validation(self, record: dict) -> None:
         self._write({"kind": "validation", **record})
         by_type = "  ".join(f"{name} {entry['nats_per_token']:.2f}" for name, entry in record["by_type"].items())
+        by_task = "  ".join(f"{name} {nats:.2f}" for name, nats in record["by_task"].items())
         self.say(
             f"step {record['step']:>6}  validation: {record['nats_per_note']:.3f} nats a note, "
             f"{record['nats_per_bar']:.1f} a bar;  a token: {by_type}"
+            + (f";  a note to fill in: {by_task}" if by_task else "")
         )
+
+    def preview(self, step: int, files: list[Path]) -> None:
+        """Say where a generated piece is; its picture goes to TensorBoard too."""
+        self.say(f"step {step:>6}  sample: {', '.join(map(str, files))}")
+        pictures = [file for file in files if file.suffix == ".png"]
+        if self.board is not None and pictures:
+            from matplotlib.image import imread
+
+            self.board.add_image("sample", imread(pictures[0])[..., :3], step, dataformats="HWC")
 
     def advance(self) -> None:
         self.bar.update()
@@ -69,8 +81,11 @@ class RunLog:
 
     def sync(self) -> None:
         """Everything written so far is on disk: called before a checkpoint, which must not be ahead of its log."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        try:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            raise self._cannot_write(error) from None
 
     def close(self) -> None:
         self.bar.close()
@@ -78,12 +93,35 @@ class RunLog:
         if self.board is not None:
             self.board.close()
 
+    def _cannot_write(self, error: OSError) -> UserError:
+        return UserError(
+            f"{self.file.name}: {error.strerror}; the checkpoints are whole: make room and go on with --resume auto"
+        )
+
     def _write(self, record: dict) -> None:
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise self._cannot_write(error) from None
         if self.board is not None:
             for name, value in flatten(record):
                 self.board.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+
+
+class SilentLog:
+    """A RunLog that goes nowhere: of the run's processes one writes."""
+
+    def close(self) -> None:
+        pass
+
+    def _ignore(self, *arguments: object) -> None:
+        pass
+
+    train = validation = preview = say = _ignore
+
+    def advance(self) -> None:
+        pass
 
 
 def flatten(record: dict, prefix: str = ""):

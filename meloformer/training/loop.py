@@ -4,12 +4,13 @@ In: a `Config`. Out: the run's folder (meloformer.training.run), whose checkpoin
 
 >>> train(Config(data=DataConfig(data_dir="processed"), model=ModelConfig(size="small")))   # doctest: +SKIP
 
-A step is one update: `gradient_accumulation_steps` micro-steps of `batch_size` rows. The loss is the sum of nats over
-the step, divided by the step's number of target tokens, which is known before the first backward pass;
-so however a step is divided into micro-steps, it is the same step.
+A step is one update: on each of the run's processes (meloformer.training.distributed) `gradient_accumulation_steps`
+micro-steps of `batch_size` rows. The loss is the sum of nats over the step, divided by its number of target tokens on
+all processes, which is known before the first backward pass; gradients are summed over processes once, after the last.
+So however a step is divided into processes and micro-steps, it is the same step.
 
-What surprises: nothing random is saved in a checkpoint. Rows come from (data, seed, epoch, step), dropout from
-(seed, step), and that is why a resumed run has the same losses, bit for bit on a CPU with the same threads.
+What surprises: nothing random is saved in a checkpoint. Rows come from (data, seed, epoch, step), dropout from (seed,
+step, rank), and that is why a resumed run has the same losses, bit for bit on as many processes and threads of a CPU.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -26,19 +28,22 @@ from torch import nn
 
 from meloformer.config import Config
 from meloformer.data import Corpus, RowPlan, Step, batches, steps_in
-from meloformer.data.packing import SKIP_REASONS
-from meloformer.device import autocast, choose_device, choose_precision
+from meloformer.device import autocast, choose_precision
 from meloformer.errors import UserError
 from meloformer.evaluation.likelihood import evaluate_likelihood, split_batches
+from meloformer.evaluation.tasks import Tasks
 from meloformer.model import MeloFormer
 from meloformer.training import checkpoint, run
-from meloformer.training.logging import RunLog, table
+from meloformer.training.describe import describe, last_words
+from meloformer.training.distributed import Ranks, joined
+from meloformer.training.logging import RunLog, SilentLog
 from meloformer.training.optimizer import (
     build_optimizers,
     load_optimizer_tensors,
     optimizer_tensors,
     set_learning_rate,
 )
+from meloformer.training.preview import write_preview
 from meloformer.training.run import Fixed, Progress
 from meloformer.training.schedule import learning_rate
 from meloformer.training.signals import StopSignals
@@ -50,20 +55,32 @@ class TrainingError(UserError):
 
 def train(config: Config) -> None:
     """Train to max_steps, or until a signal; either way the last step is saved."""
+    with joined(config.training.device) as ranks, ExitStack() as held:
+        train_rank(config, ranks, held)
+
+
+def train_rank(config: Config, ranks: Ranks, held: ExitStack) -> None:
+    """`train` in one of the run's processes. `held` keeps the lock of the run's folder, once it is taken."""
     settings = config.training
+    device = ranks.device
     folder = Path(settings.output_dir)
     checkpoints = folder / "checkpoints"
-    rows_per_step = settings.batch_size * settings.gradient_accumulation_steps
+    rows_per_step = ranks.world_size * settings.batch_size * settings.gradient_accumulation_steps
 
-    # --- from the start, or from where it stopped
+    # --- from the start, or from where it stopped: only the main rank need see the run's folder
 
-    start = run.find_start(folder, settings.resume)
+    start = run.find_start(folder, settings.resume) if ranks.is_main else None
+    found = ranks.broadcast({"folder": str(start), **checkpoint.read_state(start)} if start else None)
     progress = Progress()
-    if start is not None:
-        fixed, progress, saved = run.read_start(start)
+    if found is not None:
+        start = Path(found["folder"])
+        fixed, progress, saved = run.parse_state(start, found)
+        if settings.init_from:
+            config.model = run.adopt(config.model, saved["model"], str(start))
         run.refuse_changes(start, fixed, saved, config, rows_per_step)
-        if progress.step >= fixed.max_steps:
-            print(f"{folder}: finished, at step {progress.step} of {fixed.max_steps}; nothing to resume")
+        if progress.step >= fixed.max_steps or 0 < settings.patience <= progress.waited:
+            if ranks.is_main:
+                print(f"{folder}: finished, at step {progress.step} of {fixed.max_steps}; nothing to resume")
             return
 
     # --- data, model, optimizer
@@ -73,8 +90,10 @@ def train(config: Config) -> None:
     validation = RowPlan(corpus, config.data, settings.seed, 0, "validation")
     if plan.num_rows == 0:
         raise UserError(f"{config.data.data_dir}: no music is left to train on; see data.max_bars and data.max_samples")
-
-    device = choose_device(settings.device)
+    if settings.patience and validation.num_rows == 0:
+        raise UserError(
+            f"training.patience is {settings.patience}, and nothing is held out; raise --validation_fraction"
+        )
     if start is None:
         precision = choose_precision(settings.precision, device)
         fixed = Fixed(
@@ -83,44 +102,64 @@ def train(config: Config) -> None:
             precision="bf16" if precision == torch.bfloat16 else "fp32",
             data_hash=corpus.hash,
         )
-    else:
-        run.refuse_other_data(start, fixed, corpus.hash, config.data.data_dir)
-        precision = choose_precision(fixed.precision, device)
+        fixed = Fixed(**ranks.broadcast(asdict(fixed)))
+    run.refuse_other_data(start or f"{folder} on the first process", fixed, corpus.hash, config.data.data_dir)
+    precision = choose_precision(fixed.precision, device)
 
     torch.manual_seed(settings.seed)
+    pretrained = None
+    if start is None and settings.init_from:
+        pretrained = MeloFormer.from_pretrained(settings.init_from, corpus.vocabulary) if ranks.is_main else None
+        theirs = ranks.broadcast(pretrained.config.to_dict() if ranks.is_main else None)
+        config.model = run.adopt(config.model, theirs, settings.init_from)
     model = MeloFormer(config.model, corpus.vocabulary, config.data.max_seq_len).to(device)
     optimizers = build_optimizers(
         model, settings.optimizer, settings.learning_rate, settings.weight_decay, (settings.beta1, settings.beta2)
     )
+    if ranks.is_main:
+        held.enter_context(run.locked(folder))
     if start is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        config.save(folder / run.CONFIG)
+        if ranks.is_main:
+            if settings.resume == "never":
+                run.refuse_a_run(folder)  # again: one may have come and gone before the lock
+            config.save(folder / run.CONFIG)
+        weights = pretrained.state_dict() if pretrained else model.state_dict()
+        load_weights(model, ranks.broadcast_tensors(weights), settings.init_from)
     else:
-        load_weights(model, start)
-        tensors = checkpoint.read_tensors(start / checkpoint.OPTIMIZER)
+        load_weights(model, ranks.broadcast_tensors(read(ranks, start, checkpoint.MODEL)), start / checkpoint.MODEL)
+        tensors = ranks.broadcast_tensors(read(ranks, start, checkpoint.OPTIMIZER))
         load_optimizer_tensors(model, optimizers, tensors, str(start / checkpoint.OPTIMIZER))
-        run.enter(folder, start, progress)
-        print(f"resuming {start}")
-    print(describe(config, corpus, plan, validation, model, fixed, device), flush=True)
+    model.gradient_checkpointing = settings.gradient_checkpointing
+    if device.type == "cuda" if settings.compile is None else settings.compile:
+        model.compile_layers()
+    if ranks.is_main:
+        if start is not None:
+            run.enter(folder, start, progress)
+            print(f"resuming {start}")
+        print(describe(config, corpus, plan, validation, model, fixed, ranks), flush=True)
 
     # --- the loop
 
     warmup_steps = min(settings.warmup_steps, fixed.max_steps // 10)
     parameters = [p for p in model.parameters() if p.requires_grad]
     train_seconds, train_targets = 0.0, 0  # since the last line of the log; validation and saving apart
-    steps = endless_steps(corpus, config, plan, progress, rows_per_step)
+    steps = endless_steps(corpus, config, plan, progress, rows_per_step, ranks)
+    tasks = Tasks(corpus, config.data)
+    log = RunLog(folder, progress.step, fixed.max_steps) if ranks.is_main else SilentLog()
     model.train()
-    with StopSignals() as stop, closing(RunLog(folder, progress.step, fixed.max_steps)) as log, closing(steps):
-        stopping = False
-        while progress.step < fixed.max_steps and not stopping:
+    with StopSignals(echoes=ranks.world_size > 1) as stop, closing(log), closing(steps):
+        stopping, waited_long = 0, False
+        while progress.step < fixed.max_steps and not stopping and not waited_long:
             started = time.perf_counter()
             epoch, is_last_of_epoch, step = next(steps)
 
             lr = learning_rate(progress.step, settings.learning_rate, settings.min_lr, warmup_steps, fixed.max_steps)
             set_learning_rate(optimizers, lr)
             if config.model.dropout:
-                torch.manual_seed(dropout_seed(settings.seed, progress.step))
-            loss = accumulate(model, step, precision)
+                torch.manual_seed(dropout_seed(settings.seed, progress.step, ranks.rank))
+            num_targets = ranks.sum(step.num_targets)
+            loss = ranks.sum_tensor(accumulate(model, step, precision, num_targets))
+            ranks.sum_gradients(parameters)
             grad_norm = nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
             loss, grad_norm = torch.stack([loss, grad_norm]).tolist()  # the step's only wait for the device
             finite = math.isfinite(loss) and math.isfinite(grad_norm)
@@ -133,21 +172,22 @@ def train(config: Config) -> None:
             progress.step += 1
             progress.epoch, progress.step_in_epoch = (epoch + 1, 0) if is_last_of_epoch else (epoch, step.index + 1)
             if finite:
-                progress.nats += loss * step.num_targets
-                progress.targets += step.num_targets
+                progress.nats += loss * num_targets
+                progress.targets += num_targets
                 progress.skipped_in_a_row = 0
             else:
                 progress.skipped += 1
                 progress.skipped_in_a_row += 1
                 log.say(f"step {progress.step}: loss {loss}, gradient norm {grad_norm}; the update is skipped")
                 if progress.skipped_in_a_row >= settings.max_nonfinite_steps:
+                    rows = ", ".join(filter(None, ranks.gather(coordinates(corpus, step))))
                     raise TrainingError(
                         f"step {progress.step}, epoch {epoch}: {progress.skipped_in_a_row} updates in a row had a "
-                        f"loss or gradient that is not finite; the last rows were {coordinates(corpus, step)}; "
+                        f"loss or gradient that is not finite; the last rows were {rows}; "
                         "lower --learning_rate, or go back with --resume"
                     )
             train_seconds += time.perf_counter() - started
-            train_targets += step.num_targets
+            train_targets += num_targets
             log.advance()
 
             is_last = progress.step == fixed.max_steps
@@ -166,18 +206,31 @@ def train(config: Config) -> None:
                 progress.nats, progress.targets = 0.0, 0
                 train_seconds, train_targets = 0.0, 0
 
-            stopping = stop.requested is not None  # read once: what comes later waits for the next step
+            # Asked once a step, and of all ranks: what comes later, or to another rank, waits for the next step.
+            stopping = ranks.highest(stop.requested)
             improved = False
             if (progress.step % settings.val_interval == 0 or is_last) and validation.num_rows and not stopping:
-                held_out = split_batches(validation, settings.batch_size, settings.val_max_rows)
-                likelihood = evaluate_likelihood(model, held_out, precision)
-                log.validation({"step": progress.step, **likelihood})
+                share = (ranks.rank, ranks.world_size)
+                held_out = split_batches(validation, settings.batch_size, settings.val_max_rows, *share)
+                likelihood = evaluate_likelihood(model, held_out, precision, ranks.sum_arrays)
+                by_task = {}
+                if settings.val_task_rows:
+                    rows = (settings.batch_size, settings.val_task_rows)
+                    by_task = tasks.evaluate(model, *rows, precision, *share, ranks.sum_arrays)
+                log.validation({"step": progress.step, **likelihood, "by_task": by_task})
                 best = progress.best_nats_per_note
                 improved = best is None or likelihood["nats_per_note"] < best
+                progress.waited = 0 if improved else progress.waited + 1
+                waited_long = 0 < settings.patience <= progress.waited
                 if improved:
                     progress.best_step, progress.best_nats_per_note = progress.step, likelihood["nats_per_note"]
 
-            if improved or progress.step % settings.save_interval == 0 or is_last or stopping:
+            due = settings.sample_interval and progress.step % settings.sample_interval == 0
+            if due and ranks.is_main and not stopping:
+                log.preview(progress.step, write_preview(model, folder / "samples", progress.step, settings.seed))
+
+            to_save = improved or is_last or stopping or waited_long or progress.step % settings.save_interval == 0
+            if to_save and ranks.is_main:
                 log.sync()
                 checkpoint.save(
                     checkpoints,
@@ -189,18 +242,22 @@ def train(config: Config) -> None:
                     progress.best_step,
                 )
 
-    print(last_words(folder, fixed, progress, stop.requested), flush=True)
+    if ranks.is_main:
+        print(last_words(folder, fixed, progress, stopping), flush=True)
 
 
 # --- a step -----------------------------------------------------------------------------------------------------
 
 
-def accumulate(model: MeloFormer, step: Step, precision: torch.dtype) -> torch.Tensor:
-    """Backward passes of all of a step's micro-batches; returns the step's loss, nats per target, as a 0-d tensor."""
-    num_targets = max(step.num_targets, 1)
+def accumulate(model: MeloFormer, step: Step, precision: torch.dtype, num_targets: int) -> torch.Tensor:
+    """Backward passes of a rank's micro-batches; returns its part of the step's loss, nats per target, a 0-d tensor.
+
+    `num_targets` is the number of targets of all ranks. A rank may have nothing but padding, at the end of an epoch.
+    """
+    num_targets = max(num_targets, 1)
     loss = torch.zeros((), device=model.device)
     for batch in step.micro_batches:
-        if not (batch["document"] >= 0).any():  # the end of an epoch: nothing but padding
+        if not (batch["document"] >= 0).any():
             continue
         inputs = model.prepare(batch)
         with autocast(model.device, precision):
@@ -212,7 +269,7 @@ def accumulate(model: MeloFormer, step: Step, precision: torch.dtype) -> torch.T
 
 
 def endless_steps(
-    corpus: Corpus, config: Config, plan: RowPlan, progress: Progress, rows_per_step: int
+    corpus: Corpus, config: Config, plan: RowPlan, progress: Progress, rows_per_step: int, ranks: Ranks
 ) -> Iterator[tuple[int, bool, Step]]:
     """(epoch, whether it is the epoch's last, step), from where `progress` stands on. `plan` is that epoch's."""
     settings = config.training
@@ -223,6 +280,8 @@ def endless_steps(
             plan,
             first_step,
             rows_per_step,
+            ranks.rank,
+            ranks.world_size,
             micro_batch=settings.batch_size,
             num_workers=settings.num_workers,
         )
@@ -233,9 +292,9 @@ def endless_steps(
         plan = RowPlan(corpus, config.data, settings.seed, epoch, "train")
 
 
-def dropout_seed(seed: int, step: int) -> int:
-    """A seed for torch's generator that belongs to one step, so that resuming needs no generator's state."""
-    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+def dropout_seed(seed: int, step: int, rank: int) -> int:
+    """A seed for torch's generator that belongs to a rank's step, so that resuming needs no generator's state."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def coordinates(corpus: Corpus, step: Step) -> str:
@@ -248,56 +307,14 @@ def coordinates(corpus: Corpus, step: Step) -> str:
     )
 
 
-def load_weights(model: MeloFormer, folder: Path) -> None:
-    path = folder / checkpoint.MODEL
+def read(ranks: Ranks, start: Path, name: str) -> dict[str, torch.Tensor] | None:
+    """The tensors of one of a checkpoint's files, on the main rank; the others are sent them."""
+    return checkpoint.read_tensors(start / name) if ranks.is_main else None
+
+
+def load_weights(model: MeloFormer, tensors: dict[str, torch.Tensor], where: object) -> None:
     try:
-        model.load_state_dict(checkpoint.read_tensors(path))
+        model.load_state_dict(tensors)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
-        raise checkpoint.CheckpointError(f"{path}: not this model's weights ({reason})") from None
-
-
-# --- words ------------------------------------------------------------------------------------------------------
-
-
-def describe(
-    config: Config,
-    corpus: Corpus,
-    plan: RowPlan,
-    validation: RowPlan,
-    model: MeloFormer,
-    fixed: Fixed,
-    device: torch.device,
-) -> str:
-    """The table before the first step."""
-    m, t, d = config.model, config.training, config.data
-    tokens = corpus.index["num_tokens"]
-    per_epoch = steps_in(plan, fixed.rows_per_step)
-    used = int(fixed.rows_per_step * d.max_seq_len * plan.fill["tokens"])
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    skipped = [f"{count:,} {SKIP_REASONS[reason]}" for reason, count in sorted(plan.skipped.items())]
-    notes = int(corpus.index["num_notes"].sum())
-    return table(
-        [
-            ("model", f"{m.size}: {m.n_layer} layers, d_model {m.d_model}, {m.n_head} heads, d_ff {m.d_ff}"),
-            ("parameters", f"{model.num_parameters():,}"),
-            ("data", f"{corpus.num_pieces:,} pieces, {notes:,} notes, {int(tokens.sum()):,} tokens in {d.data_dir}"),
-            ("training", f"{len(plan.pieces):,} pieces in {plan.num_rows:,} rows of {d.max_seq_len:,} tokens"),
-            ("held out", f"{len(validation.pieces):,} pieces in {validation.num_rows:,} rows"),
-            ("skipped", "; ".join(skipped) or "nothing"),
-            ("a step", f"{t.batch_size} x {t.gradient_accumulation_steps} rows, about {used:,} tokens"),
-            ("steps", f"{fixed.max_steps:,}, about {per_epoch:,} an epoch"),
-            ("optimizer", f"{t.optimizer}, learning rate {t.learning_rate:g} to {t.min_lr:g}"),
-            ("device", f"{device}, {where}, {fixed.precision}"),
-            ("run", str(t.output_dir)),
-        ]
-    )
-
-
-def last_words(folder: Path, fixed: Fixed, progress: Progress, signal_name: str | None) -> str:
-    if progress.step < fixed.max_steps:
-        return f"{signal_name}: saved at step {progress.step} of {fixed.max_steps}; go on with --resume auto"
-    best = ""
-    if progress.best_step is not None:
-        best = f"; best validation {progress.best_nats_per_note:.3f} nats a note, at step {progress.best_step}"
-    return f"finished {progress.step} steps{best}\npython generate.py --checkpoint {folder} --output out"
+        raise checkpoint.CheckpointError(f"{where}: not this model's weights ({reason})") from None

@@ -3,6 +3,7 @@
     runs/base/config.yaml      every setting, defaults resolved; `--config runs/base/config.yaml` starts the like
     runs/base/metrics.jsonl    meloformer.training.logging
     runs/base/checkpoints/     meloformer.training.checkpoint
+    runs/base/.lock            held by the process that writes here; the kernel lets go of it however that one ends
 
 >>> find_start(Path("runs/base"), "auto")    # doctest: +SKIP
 PosixPath('runs/base/checkpoints/step_00000500')
@@ -13,21 +14,26 @@ a resumed run takes it from the checkpoint, and a config that asks for another i
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from meloformer.config import Config
+from meloformer.config import Config, ModelConfig
 from meloformer.errors import UserError
 from meloformer.training import checkpoint
 from meloformer.training.logging import METRICS
 
-CONFIG = "config.yaml"
+CONFIG, LOCK = "config.yaml", ".lock"
 # May differ between a run and its resumption: they change where and how fast, and what is written, not the losses.
 # batch_size and gradient_accumulation_steps are compared by their product, data_dir by the data's hash.
 FREE = {
     "training": (
-        *("output_dir", "resume", "device", "num_workers", "batch_size", "gradient_accumulation_steps"),
-        *("val_interval", "val_max_rows", "save_interval", "keep_last", "log_interval", "max_nonfinite_steps"),
+        *("output_dir", "resume", "init_from", "device", "num_workers", "batch_size", "gradient_accumulation_steps"),
+        *("val_interval", "val_max_rows", "val_task_rows", "patience", "sample_interval", "save_interval", "keep_last"),
+        *("log_interval", "max_nonfinite_steps", "gradient_checkpointing", "compile"),
     ),
     "data": ("data_dir",),
     "model": ("backend",),
@@ -47,6 +53,7 @@ class Progress:
     targets: int = 0
     best_step: int | None = None
     best_nats_per_note: float | None = None
+    waited: int = 0  # validations since the best one
 
 
 @dataclass(frozen=True)
@@ -63,8 +70,7 @@ def find_start(run: Path, resume: str) -> Path | None:
     """The checkpoint to go on from, None for a fresh start; UserError where neither is right."""
     checkpoints = run / "checkpoints"
     if resume == "never":
-        if any((run / name).exists() for name in (CONFIG, METRICS, "checkpoints")):
-            raise UserError(f"{run}: holds a run; go on with --resume auto, or give another --output_dir")
+        refuse_a_run(run)
         return None
     if resume == "auto":
         folders = checkpoint.committed(checkpoints)
@@ -90,9 +96,32 @@ def find_start(run: Path, resume: str) -> Path | None:
     return folder
 
 
-def read_start(folder: Path) -> tuple[Fixed, Progress, dict]:
-    """(Fixed, Progress, the config as a nested dict) of a checkpoint."""
-    state = checkpoint.read_state(folder)
+def refuse_a_run(run: Path) -> None:
+    if any((run / name).exists() for name in (CONFIG, METRICS, "checkpoints")):
+        raise UserError(f"{run}: holds a run; go on with --resume auto, or give another --output_dir")
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Make the run's folder and keep every other process out of it; UserError where one is at work there."""
+    run.mkdir(parents=True, exist_ok=True)
+    with open(run / LOCK, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise UserError(
+                f"{run}: {file.read().strip() or 'another process'} is training there; "
+                "wait for it, stop it, or give another --output_dir"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+        file.flush()
+        yield
+
+
+def parse_state(folder: Path, state: dict) -> tuple[Fixed, Progress, dict]:
+    """(Fixed, Progress, the config as a nested dict) of what a checkpoint's state.json says."""
     try:
         return Fixed(**state["fixed"]), Progress(**state["progress"]), state["config"]
     except (KeyError, TypeError) as error:
@@ -100,7 +129,7 @@ def read_start(folder: Path) -> tuple[Fixed, Progress, dict]:
 
 
 def state_dict(fixed: Fixed, progress: Progress, config: Config) -> dict:
-    """What `read_start` reads back."""
+    """What `parse_state` reads back."""
     return {"fixed": asdict(fixed), "progress": asdict(progress), "config": config.to_dict()}
 
 
@@ -115,8 +144,8 @@ def refuse_changes(folder: Path, fixed: Fixed, saved: dict, config: Config, rows
             raise UserError(f"{section}.{name} is {value!r}, and {folder} was trained with {before!r}; {remedy}")
     if rows_per_step != fixed.rows_per_step:
         raise UserError(
-            f"batch_size x gradient_accumulation_steps is {rows_per_step} rows a step, and {folder} was trained with "
-            f"{fixed.rows_per_step}; {remedy}"
+            f"processes x batch_size x gradient_accumulation_steps is {rows_per_step} rows a step, and {folder} was "
+            f"trained with {fixed.rows_per_step}; choose them so that the product is {fixed.rows_per_step} again"
         )
 
 
@@ -126,6 +155,24 @@ def refuse_other_data(folder: Path, fixed: Fixed, data_hash: str, data_dir: str)
             f"{data_dir}: its data hash is {data_hash}, and {folder} was trained on {fixed.data_hash}; "
             "give the --data_dir it was trained on, or start a new run in another --output_dir"
         )
+
+
+def adopt(model: ModelConfig, saved: dict, where: str) -> ModelConfig:
+    """The settings of a model whose weights are taken over from `where`.
+
+    A setting at its default follows the saved one; another that differs is refused. Dropout and the backend hold no
+    weights, and stay as they are given.
+    """
+    default = {**asdict(ModelConfig(size=model.size)), "size": ModelConfig().size}
+    default["d_ff"] = replace(model, d_ff=None).d_ff  # its default depends on other settings
+    values = asdict(model)
+    for name in values.keys() - {"dropout", "backend"}:
+        if values[name] not in (saved[name], default[name]):
+            raise UserError(
+                f"model.{name} is {values[name]!r}, and {where} was trained with {saved[name]!r}; leave it out"
+            )
+        values[name] = saved[name]
+    return ModelConfig(**values)
 
 
 def enter(run: Path, folder: Path, progress: Progress) -> None:

@@ -79,8 +79,10 @@ def test_retention_keeps_the_last_ones_and_the_best(tmp_path):
     [
         ("state.json", "{", "not JSON"),
         ("state.json", '{"format": 99}', "format 99"),
-        ("optimizer.safetensors", "short", "unreadable"),
-        ("model.safetensors", None, "unreadable"),
+        ("state.json", '{"format": 1}', "names no checksums"),
+        ("optimizer.safetensors", "short", "damaged"),
+        ("model.safetensors", None, "damaged"),
+        ("config.json", "{ }", "damaged"),
     ],
 )
 def test_damage_is_named(tmp_path, file, content, said):
@@ -93,6 +95,30 @@ def test_damage_is_named(tmp_path, file, content, said):
     with pytest.raises(checkpoint.CheckpointError, match=said) as caught:
         checkpoint.check(folder)
     assert str(folder / file) in str(caught.value)
+
+
+def test_one_wrong_bit_is_found_in_every_file(tmp_path):
+    """Lengths and headers are right; only the checksums tell. A digit of state.json would move the schedule."""
+    folder = save(tmp_path, 1)
+    for file in sorted(folder.iterdir()):
+        whole = file.read_bytes()
+        if file.name == checkpoint.STATE:
+            spoilt = whole.replace(b'"step": 1', b'"step": 3')
+        else:
+            spoilt = whole[:-1] + bytes([whole[-1] ^ 1])
+        assert spoilt != whole
+        file.write_bytes(spoilt)
+        with pytest.raises(checkpoint.CheckpointError, match=f"{file.name}: damaged .* resume from another"):
+            checkpoint.check(folder)
+        file.write_bytes(whole)
+        checkpoint.check(folder)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    folder = save(tmp_path, 1)
+    (folder / checkpoint.OPTIMIZER).unlink()
+    with pytest.raises(checkpoint.CheckpointError, match=r"optimizer.safetensors: unreadable \(No such file"):
+        checkpoint.check(folder)
 
 
 def test_a_folder_without_checkpoints_says_so(tmp_path):

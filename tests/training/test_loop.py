@@ -66,7 +66,7 @@ def test_the_accumulated_step_equals_one_big_batch(make_config):
         step = Step(0, [stack_rows(rows[i : i + size]) for i in range(0, 4, size)], [])
         torch.manual_seed(0)
         model = MeloFormer(config.model, corpus.vocabulary)
-        values.append(accumulate(model, step, torch.float32).item())
+        values.append(accumulate(model, step, torch.float32, step.num_targets).item())
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     assert values[0] == pytest.approx(values[1], rel=1e-6)
     for name, gradient in gradients[0].items():
@@ -81,7 +81,7 @@ def test_one_batch_is_learnt_by_heart(make_config, optimizer):
     model = MeloFormer(config.model, corpus.vocabulary)
     optimizers = build_optimizers(model, optimizer, 1e-2, 0.0, (0.9, 0.95))
     for _ in range(120):
-        loss = accumulate(model, step, torch.float32).item()
+        loss = accumulate(model, step, torch.float32, step.num_targets).item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for each in optimizers:
             each.step()
@@ -101,8 +101,8 @@ def test_every_target_of_an_epoch_counts_once(make_config, monkeypatch):
 
     seen, real = [], loop.accumulate
 
-    def watched(model, step, precision):
-        loss = real(model, step, precision)
+    def watched(model, step, *arguments):
+        loss = real(model, step, *arguments)
         seen.append((step.num_targets, loss.item()))
         if len(seen) == config.training.max_steps:
             with torch.no_grad():

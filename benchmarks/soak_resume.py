@@ -1,0 +1,125 @@
+"""Kill a run with SIGKILL again and again, resume it each time, and compare it with a run that was never killed.
+
+    python -m benchmarks.soak_resume --kills 100 --processes 2
+
+Half of the kills come at a random moment, half at a random file operation inside the writing of a checkpoint. What is
+compared, bit for bit: every line of metrics.jsonl (losses, gradient norms, validations), the last weights, and the
+optimizer's moments. Exit status 1 where anything differs. The model is tiny and on the CPU, with dropout, several
+epochs, a validation and a checkpoint every few steps.
+
+What surprises: a kill inside the writing is placed by an audit hook of the interpreter, which sees each file that is
+opened, renamed or removed; so no place is forgotten, and none is named here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from meloformer.config import Config
+from meloformer.training import checkpoint
+from tests.training.processes import Run, records
+from tests.training.small import small_config, write_corpus
+
+FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.listdir", "os.scandir", "shutil.rmtree"}
+MOST_OPERATIONS = 60  # in three or four savings; a number beyond the run's last is no kill, and does no harm
+
+
+def die_while_writing(operation: int, folder: str, rank: int) -> None:
+    """SIGKILL the main rank at its file operation number `operation` under `folder`; for Run's `before`."""
+    if rank != 0:
+        return
+    count = [0]
+
+    def watch(event: str, arguments: tuple) -> None:
+        if event in FILE_EVENTS and folder in str(arguments[0]):
+            count[0] += 1
+            if count[0] == operation:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+
+
+def killed_run(config: Config, processes: int, kills: int, rng: np.random.Generator, seconds: float) -> Counter:
+    """Bring a run to its end through `kills` kills; how they fell: "at a moment", "while writing", "too late"."""
+    fallen: Counter = Counter()
+    checkpoints = str(Path(config.training.output_dir) / "checkpoints")
+    while fallen["at a moment"] + fallen["while writing"] < kills:
+        how = "while writing" if rng.random() < 0.5 else "at a moment"
+        if how == "while writing":
+            operation = int(rng.integers(1, MOST_OPERATIONS))
+            codes = Run(config, processes, functools.partial(die_while_writing, operation, checkpoints)).finish()
+        else:
+            run = Run(config, processes)
+            time.sleep(rng.uniform(0.05, 0.8 * seconds))
+            run.kill()
+            codes = run.codes
+        finished = all(code == 0 for code in codes)
+        fallen["too late" if finished else how] += 1
+        if finished:  # begin again, so that each kill meets a run with something left to do
+            forget(config)
+    codes = Run(config, processes).finish()
+    if codes != [0] * processes:
+        raise RuntimeError(f"the run could not be brought to its end: {codes}")
+    return fallen
+
+
+def forget(config: Config) -> None:
+    folder = Path(config.training.output_dir)
+    folder.rename(folder.with_name(f"{folder.name}.{time.monotonic_ns()}"))
+
+
+def differences(one: Config, other: Config) -> list[str]:
+    """What two runs do not have in common, in words; empty for equal ones."""
+    found = [kind for kind in ("train", "validation") if records(one, kind) != records(other, kind)]
+    folders = [checkpoint.find(config.training.output_dir) for config in (one, other)]
+    for name in (checkpoint.MODEL, checkpoint.OPTIMIZER):
+        a, b = (checkpoint.read_tensors(folder / name) for folder in folders)
+        if a.keys() != b.keys() or any(not torch.equal(a[key], b[key]) for key in a):
+            found.append(name)
+    return found
+
+
+def soak(folder: Path, corpus: Path, processes: int, kills: int, seed: int) -> tuple[Counter, list[str]]:
+    """(how the kills fell, what differs) of one unbroken and one killed run in `folder`."""
+    given = {"max_steps": 12, "save_interval": 2, "val_interval": 5, "batch_size": 2 // processes, "resume": "auto"}
+    straight, killed = (small_config(corpus, folder / name, **given) for name in ("straight", "killed"))
+    started = time.monotonic()
+    codes = Run(straight, processes).finish()
+    if codes != [0] * processes:
+        raise RuntimeError(f"the unbroken run failed: {codes}")
+    rng = np.random.default_rng(seed)
+    fallen = killed_run(killed, processes, kills, rng, time.monotonic() - started)
+    return fallen, differences(straight, killed)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        corpus = write_corpus(folder)
+        started = time.monotonic()
+        fallen, different = soak(folder, corpus, arguments.processes, arguments.kills, arguments.seed)
+        seconds = time.monotonic() - started
+    how = ", ".join(f"{count} {name}" for name, count in sorted(fallen.items()))
+    result = f"DIFFERENT: {', '.join(different)}" if different else "equal"
+    print(f"{arguments.processes} processes, {how}, in {seconds:.0f} s: {result}")
+    return 1 if different else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

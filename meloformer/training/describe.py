@@ -1,0 +1,76 @@
+"""What a run says of itself: the table before the first step, and the last line.
+
+>>> print(describe(config, corpus, plan, validation, model, fixed, ranks))    # doctest: +SKIP
+  model       small: 6 layers, d_model 256, 4 heads, d_ff 1792
+  parameters  17,123,840
+  ...
+
+What surprises: `memory` is what parameters, gradients and moments take on each device, which is known; activations
+come on top and grow with the rows.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from meloformer.config import Config
+from meloformer.data import Corpus, RowPlan, steps_in
+from meloformer.data.packing import SKIP_REASONS
+from meloformer.model import MeloFormer
+from meloformer.training.distributed import Ranks
+from meloformer.training.logging import table
+from meloformer.training.run import Fixed, Progress
+from meloformer.training.signals import name_of
+
+
+def describe(
+    config: Config,
+    corpus: Corpus,
+    plan: RowPlan,
+    validation: RowPlan,
+    model: MeloFormer,
+    fixed: Fixed,
+    ranks: Ranks,
+) -> str:
+    """The table before the first step."""
+    m, t, d = config.model, config.training, config.data
+    tokens = corpus.index["num_tokens"]
+    per_epoch = steps_in(plan, fixed.rows_per_step)
+    used = int(fixed.rows_per_step * d.max_seq_len * plan.fill["tokens"])
+    device = ranks.device
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    processes = f"{ranks.world_size} x " if ranks.world_size > 1 else ""
+    # float32 weights, gradients and moments: two of AdamW, or Muon's one for the matrices
+    moments = sum(p.numel() * (1 if t.optimizer == "muon" and p.ndim == 2 else 2) for p in model.parameters())
+    memory = 4 * (2 * model.num_parameters() + moments) / 2**20
+    skipped = [f"{count:,} {SKIP_REASONS[reason]}" for reason, count in sorted(plan.skipped.items())]
+    notes = int(corpus.index["num_notes"].sum())
+    return table(
+        [
+            ("model", f"{m.size}: {m.n_layer} layers, d_model {m.d_model}, {m.n_head} heads, d_ff {m.d_ff}"),
+            ("parameters", f"{model.num_parameters():,}"),
+            ("data", f"{corpus.num_pieces:,} pieces, {notes:,} notes, {int(tokens.sum()):,} tokens in {d.data_dir}"),
+            ("training", f"{len(plan.pieces):,} pieces in {plan.num_rows:,} rows of {d.max_seq_len:,} tokens"),
+            ("held out", f"{len(validation.pieces):,} pieces in {validation.num_rows:,} rows"),
+            ("skipped", "; ".join(skipped) or "nothing"),
+            ("memory", f"{memory:,.0f} MiB of weights, gradients and moments, activations apart"),
+            ("a step", f"{processes}{t.batch_size} x {t.gradient_accumulation_steps} rows, about {used:,} tokens"),
+            ("steps", f"{fixed.max_steps:,}, about {per_epoch:,} an epoch"),
+            ("optimizer", f"{t.optimizer}, learning rate {t.learning_rate:g} to {t.min_lr:g}"),
+            ("device", f"{processes}{device.type}, {where}, {fixed.precision}"),
+            ("run", str(t.output_dir)),
+        ]
+    )
+
+
+def last_words(folder: Path, fixed: Fixed, progress: Progress, signal_number: int) -> str:
+    if signal_number and progress.step < fixed.max_steps:
+        name = name_of(signal_number)
+        return f"{name}: saved at step {progress.step} of {fixed.max_steps}; go on with --resume auto"
+    early = f", {progress.waited} validations without a better one" if progress.step < fixed.max_steps else ""
+    best = ""
+    if progress.best_step is not None:
+        best = f"; best validation {progress.best_nats_per_note:.3f} nats a note, at step {progress.best_step}"
+    return f"finished {progress.step} steps{early}{best}\npython generate.py --checkpoint {folder} --output out"

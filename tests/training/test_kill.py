@@ -1,0 +1,71 @@
+"""A run that is killed at any moment, inside the writing of a checkpoint too, ends like one that was not."""
+
+from __future__ import annotations
+
+import functools
+import resource
+import signal
+from pathlib import Path
+
+import pytest
+
+from benchmarks.soak_resume import die_while_writing, differences, soak
+from meloformer.training import checkpoint
+from tests.training.processes import Run, records
+
+
+@pytest.mark.parametrize(("processes", "kills"), [(1, 5), (2, 4)])
+def test_killed_and_resumed_equals_never_killed(corpus_dir, tmp_path, processes, kills):
+    """A short soak, another place each time the seed is changed; `python -m benchmarks.soak_resume` is the long one."""
+    fallen, different = soak(tmp_path, corpus_dir, processes, kills, seed=5)
+    assert fallen["at a moment"] >= 1 and fallen["while writing"] >= 1
+    assert not different, different
+
+
+def limit_file_size(rank: int) -> None:
+    """What the system says at 100 kB is "File too large", where a full disk says "No space left on device"."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+
+
+def test_a_full_disk_leaves_the_old_checkpoints_whole(make_config):
+    """The write itself fails half way, as on a full disk; with room again the run goes on as if never stopped."""
+    whole = make_config("whole", max_steps=6)
+    assert Run(whole).finish() == [0]
+    config = make_config("full", max_steps=6, resume="auto", save_interval=2)
+    checkpoints = str(Path(config.training.output_dir) / "checkpoints")
+    run = Run(config, 1, functools.partial(die_while_writing, 60, checkpoints))
+    assert run.finish() == [-signal.SIGKILL]
+    before = {path.name for path in Path(checkpoints).glob("step_*")}
+    assert before
+    run = Run(config, 1, limit_file_size)
+    assert run.finish() == [2]
+    (said,) = [line for line in run.texts[0].splitlines() if line.startswith("error:")]
+    assert "could not be written" in said and "make room" in said and "--resume auto" in said
+    assert before <= {path.name for path in Path(checkpoints).glob("step_*")}
+    assert not [path for path in Path(checkpoints).iterdir() if path.name.endswith(".tmp")]
+    for name in before:
+        checkpoint.check(Path(checkpoints) / name)
+    assert Run(config).finish() == [0]
+    assert not differences(whole, config)
+
+
+def test_a_second_process_is_kept_out_of_the_folder(make_config):
+    """And let in again once the first one is killed: a lock file that outlives its process would need a human."""
+    config = make_config(max_steps=500, resume="auto")
+    first = Run(config)
+    metrics = Path(config.training.output_dir) / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        assert first.codes == [None], first.texts
+    second = make_config(max_steps=500, resume="auto")
+    run = Run(second)
+    assert run.finish() == [2]
+    assert "is training there; wait for it, stop it, or give another --output_dir" in run.texts[0]
+    assert f"process {first.processes[0].pid} on" in run.texts[0]
+    first.kill()
+    reached = len(records(config))
+    again = Run(second)
+    while len(records(config)) >= reached and again.codes == [None]:
+        pass  # cut back, since nothing was saved
+    again.kill()
+    assert again.codes == [-signal.SIGKILL]
