@@ -1,37 +1,170 @@
-"""The only caller of attention kernels. Backend `dense`: scaled_dot_product_attention with a boolean mask.
+"""The only caller of attention kernels. What each query sees comes in one of three forms, and `attend` knows them all.
+
+    Visibility(mask, dtype)      dense: scaled_dot_product_attention with a boolean mask (B, Q, K), any device
+    BlockVisibility(rule, ...)   flex: compiled FlexAttention over a block table, made for CUDA; forward only on a CPU
+    PieceVisibility(document)    fused: causal inside each piece and nothing else, the baseline's fastest kernel
 
 `attend(q, k, v, visibility)`: q (B, Q, H, D), k and v (B, K, H, D) -> (B, Q, H, D), softmax(q k^T / sqrt(D)) v over
-the keys that each query sees. `Visibility(mask, dtype)` holds a mask (B, Q, K), bool, for kernels that run in `dtype`.
+the keys that each query sees; fewer queries than `visibility` speaks of are its last ones.
 
 >>> q = torch.randn(1, 3, 2, 8)
 >>> attend(q, q, q, Visibility(torch.zeros(1, 3, 3, dtype=torch.bool), q.dtype)).abs().max().item()
 0.0
 
 The surprise: a query that sees nothing gives zeros, and kernels differ on that, so such queries are opened to all keys
-and zeroed afterwards. The kernel turns a boolean mask into an additive one at every call, half of its forward time on a
-CPU: here that is done once for all layers.
+and zeroed afterwards. And FlexAttention is compiled here once, for shapes that never change: a length that does is
+an error after a few, never a silent fall back to all pairs.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from meloformer.errors import UserError
+from meloformer.model.block_table import KEY_ORDER, block_tables, count_blocks, order_of
+from meloformer.model.masks import AttentionRule, Fields
+from meloformer.model.packed import KEY_WORDS, pack, packed_rule
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # before torch 2.10
+    varlen_attn = None
+
+BLOCK_SIZE = (64, 64)  # queries, keys; docs/log.md: a quarter less is visited than at 128 x 128
+# Tiles of the CUDA kernels, each a divisor of its block: M are queries and N keys, of the forward pass and of the two
+# halves of the backward pass.
+_TILES = {"BLOCK_M": 0, "BLOCK_N": 1, "BLOCK_M1": 0, "BLOCK_N1": 1, "BLOCK_M2": 0, "BLOCK_N2": 1}
+_compiled_flex = torch.compile(flex_attention, fullgraph=True, dynamic=False)
 
 
 class Visibility:
-    """What each query sees, in the form that the kernel reads; made once, used by every layer."""
+    """Dense: made once, used by every layer. A kernel turns a boolean mask into an additive one at every call, half of
+    its forward time on a CPU; here that is done once."""
 
     def __init__(self, mask: Tensor, dtype: torch.dtype):
         self.blind = ~mask.any(dim=-1)  # (B, Q) queries that see nothing
         self.bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)  # (B, Q, K) 0 or -inf
         self.bias.masked_fill_(~(mask | self.blind[..., None]), float("-inf"))
 
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        first = self.blind.shape[1] - q.shape[1]
+        bias, blind = self.bias[:, None, first:], self.blind[:, first:, None, None]
+        q, k, v = (x.to(bias.dtype).transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return out.transpose(1, 2).masked_fill(blind, 0.0)
 
-def attend(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility) -> Tensor:
+
+class _Permute(torch.autograd.Function):
+    """x (B, T, H, D) in another order along T. The gradient is gathered too: scattering adds in atomics."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.take_along_dim(order[..., None, None], 1)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return gradient.take_along_dim(inverse[..., None, None], 1), None, None
+
+
+class BlockVisibility:
+    """Flex: fields (B, T) on the CPU, in physical order, the summaries first; the tables are made on `device`.
+
+    Queries stand in that order; keys are put into their own, `key_order` (B, T), for the call of the kernel.
+    """
+
+    def __init__(
+        self,
+        rule: AttentionRule,
+        fields: Fields,
+        num_summaries: int,
+        device: torch.device | str = "cpu",
+        block_size: tuple[int, int] = BLOCK_SIZE,
+    ):
+        rows, length = fields.document.shape
+        rule = rule.to(device)
+        words = pack(rule, fields)
+        self.key_order, places = None, [None] * rows
+        if not rule.full_causal:
+            order = np.stack([order_of(fields.at(b), num_summaries, KEY_ORDER) for b in range(rows)])
+            places = order.argsort(axis=1)
+            self.key_order, self.key_place = (torch.from_numpy(x).to(device) for x in (order, places))
+            words[:KEY_WORDS] = words[:KEY_WORDS].take_along_dim(torch.from_numpy(order)[None], -1)
+        counts = [count_blocks(rule, fields.at(b), num_summaries, block_size, device, places[b]) for b in range(rows)]
+        self.counts = torch.stack(counts)  # (B, blocks of queries, blocks of keys) visible pairs
+        kv_num, kv, full_num, full, q_num, q, full_q_num, full_q = block_tables(self.counts, block_size)
+        self.block_mask = BlockMask(
+            seq_lengths=(length, length),
+            kv_num_blocks=kv_num,
+            kv_indices=kv,
+            full_kv_num_blocks=full_num,
+            full_kv_indices=full,
+            q_num_blocks=q_num,
+            q_indices=q,
+            full_q_num_blocks=full_q_num,
+            full_q_indices=full_q,
+            BLOCK_SIZE=block_size,
+            mask_mod=packed_rule(rule, words.to(device)),
+        )
+        tiles = {name: block_size[axis] for name, axis in _TILES.items()}
+        self.kernel_options = tiles if torch.device(device).type == "cuda" else None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if q.device.type == "cpu" and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+            raise UserError("model.backend is 'flex', which has no backward pass on a CPU; train with --backend dense")
+        # The last layer asks for regular tokens only. One shape for all layers is one graph for all layers.
+        missing = k.shape[1] - q.shape[1]
+        q = F.pad(q, (0, 0, 0, 0, missing, 0))
+        if self.key_order is not None:
+            k, v = (_Permute.apply(x, self.key_order, self.key_place) for x in (k, v))
+        q, k, v = (x.to(v.dtype).transpose(1, 2) for x in (q, k, v))
+        out = _compiled_flex(q, k, v, block_mask=self.block_mask, kernel_options=self.kernel_options)
+        return out.transpose(1, 2)[:, missing:]
+
+
+class PieceVisibility:
+    """Fused: documents (B, N), -1 for padding; every piece is causal within itself, padding gives zeros."""
+
+    def __init__(self, document: np.ndarray, device: torch.device | str = "cpu"):
+        flat = np.asarray(document).reshape(-1)
+        self.shape = np.shape(document)
+        # Padding stands in short pieces of its own: it costs little, and its outputs are dropped.
+        place = np.arange(len(flat))
+        starts = (
+            (place % self.shape[1] == 0) | (np.diff(flat, prepend=flat[0]) != 0) | ((flat < 0) & (place % 128 == 0))
+        )
+        self.edges = [*np.flatnonzero(starts).tolist(), len(flat)]
+        self.longest = int(np.diff(self.edges).max())
+        self.cumulative = torch.tensor(self.edges, dtype=torch.int32).to(device)
+        self.blind = torch.from_numpy(flat < 0).to(device)[:, None, None]
+
+    @staticmethod
+    def kernel(q: Tensor) -> str:
+        """The name of the kernel that `attend` takes for this kind of tensor."""
+        half = q.dtype in (torch.float16, torch.bfloat16)
+        return "varlen_attn" if varlen_attn is not None and q.is_cuda and half else "causal sdpa, piece by piece"
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.to(v.dtype).flatten(0, 1) for x in (q, k, v))  # (B * N, H, D)
+        if self.kernel(q) == "varlen_attn":
+            ends, longest = self.cumulative, self.longest
+            out = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0))
+        else:
+            pieces = zip(self.edges, self.edges[1:])
+            out = torch.cat([self._causal(q[a:b], k[a:b], v[a:b]) for a, b in pieces])
+        return out.masked_fill(self.blind, 0.0).unflatten(0, self.shape)
+
+    @staticmethod
+    def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)[0].transpose(0, 1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility | BlockVisibility | PieceVisibility) -> Tensor:
     """Attention of the last Q queries of `visibility`; zeros for those that see nothing."""
-    first = visibility.blind.shape[1] - q.shape[1]
-    bias, blind = visibility.bias[:, None, first:], visibility.blind[:, first:, None, None]
-    q, k, v = (x.to(bias.dtype).transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    return out.transpose(1, 2).masked_fill(blind, 0.0)
+    return visibility.attend(q, k, v)

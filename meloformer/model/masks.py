@@ -131,9 +131,13 @@ class AttentionRule:
     def bar_rule(self, q: Fields, k: Fields) -> Tensor:
         """Bars of one's own instrument, and those of others at the chosen distances."""
         distance = q.bar - k.bar
-        same = True if self.same_bars is None else _look_up(self.same_bars, distance)
-        allowed = torch.where(q.instrument == k.instrument, same, _look_up(self.cross_bars, distance))
-        return (q.bar >= 0) & (k.bar >= 0) & allowed
+        same, other = self.distance_allowed(distance, True), self.distance_allowed(distance, False)
+        return (q.bar >= 0) & (k.bar >= 0) & torch.where(q.instrument == k.instrument, same, other)
+
+    def distance_allowed(self, distance: Tensor, same_instrument: bool) -> Tensor:
+        """Whether bars at this distance, of the same instrument or of two, see each other."""
+        table = self.same_bars if same_instrument else self.cross_bars
+        return torch.ones_like(distance, dtype=torch.bool) if table is None else _look_up(table, distance)
 
     def type_rule(self, q: Fields, k: Fields) -> Tensor:
         """The same onset, or a pair of types that may see each other."""

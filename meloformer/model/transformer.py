@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +34,10 @@ from meloformer.errors import UserError
 from meloformer.files import write_atomic
 from meloformer.hid import Family, Vocabulary
 from meloformer.hid.rows import make_row, stack_rows
-from meloformer.model.attention import Visibility, attend
+from meloformer.model.attention import BlockVisibility, PieceVisibility, Visibility, attend
+from meloformer.model.block_table import order_of
 from meloformer.model.layers import FeedForward, RMSNorm, Rotary, rotate
-from meloformer.model.masks import AttentionRule, dense_mask, joint_fields
+from meloformer.model.masks import AttentionRule, Fields, dense_mask, joint_fields
 
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -49,8 +50,10 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass
 class Inputs:
-    """A batch on its device. Token fields (B, N), segment fields (B, M), `mask` (B, T, T) bool; M = 0 if no summaries.
+    """A batch on its device. Token fields (B, N), segment fields (B, M); M = 0 if no summaries.
 
+    `mask` is what sees what: (B, T, T) bool for the dense backend, what `attend` takes for the others. With `flex` the
+    tokens stand in the order that leaves the fewest blocks, and `place` (B, N) says where the stream's i-th is.
     `target_index` (K,) picks the positions with a target out of the flattened (B * N), `targets` (K,) are theirs.
     """
 
@@ -63,16 +66,14 @@ class Inputs:
     segment_ordinal: Tensor
     segment_position: Tensor
     segment_time: Tensor
-    mask: Tensor
+    mask: Tensor | BlockVisibility | PieceVisibility
     target_index: Tensor
     targets: Tensor
+    place: Tensor | None = None
 
     @property
     def num_targets(self) -> int:
         return len(self.targets)
-
-    def to(self, device: torch.device | str) -> Inputs:
-        return Inputs(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
 
 
 class Layer(nn.Module):
@@ -167,24 +168,50 @@ class MeloFormer(nn.Module):
 
     # --- input ----------------------------------------------------------------------------------------------
 
-    def prepare(self, batch: Mapping[str, np.ndarray]) -> Inputs:
-        """Tensors and mask of annotated rows; what a loader may do ahead of time."""
+    def backend(self) -> str:
+        """The name of what computes attention: the config's choice, or for `auto` the fastest on this device."""
+        if self.config.backend != "auto":
+            return self.config.backend
+        if self.device.type == "cpu":
+            return "dense"
+        return "fused" if self.rule.full_causal else "flex"
+
+    def prepare(self, batch: Mapping[str, np.ndarray], backend: str | None = None) -> Inputs:
+        """Tensors, and what sees what, of annotated rows; another `backend` than the model's if one is named."""
+        backend = backend or self.backend()
         joint = joint_fields(batch, self.rule.summaries)
-        flat = np.asarray(batch["targets"]).reshape(-1)
-        index = np.flatnonzero(flat >= 0)
-        m = np.asarray(batch["segment_document"]).shape[-1] if self.rule.summaries else 0
-        given = {name: torch.as_tensor(batch[name]) for name in ("tokens", "instrument", "ordinal", "position", "time")}
-        segment = {
-            f"segment_{name}": torch.as_tensor(batch[f"segment_{source}"])[:, :m]
-            for name, source in (("instrument",) * 2, ("ordinal",) * 2, ("position", "start"), ("time", "time"))
-        }
+        m = joint.document.shape[1] - np.shape(batch["tokens"])[1]
+        # (B, M + N), where each token of the physical order comes from.
+        order = np.broadcast_to(np.arange(joint.document.shape[1]), joint.document.shape)
+        reorder = backend == "flex" and not self.rule.full_causal
+        if reorder:
+            order = np.stack([order_of(joint.at(b), m) for b in range(len(order))])
+            joint = Fields(*(field.gather(1, torch.from_numpy(order)) for field in joint))
+
+        def send(values: np.ndarray, index: np.ndarray) -> Tensor:
+            values = torch.as_tensor(np.take_along_axis(np.asarray(values), index, axis=1))
+            return values.to(self.device, non_blocking=True)
+
+        regular, summaries = order[:, m:] - m, order[:, :m]
+        targets = np.take_along_axis(np.asarray(batch["targets"]), regular, axis=1).reshape(-1)
+        target_index = np.flatnonzero(targets >= 0)
+        named = ("tokens", "instrument", "ordinal", "position", "time")
+        segment = (("instrument", "instrument"), ("ordinal", "ordinal"), ("position", "start"), ("time", "time"))
         return Inputs(
-            **given,
-            **segment,
-            mask=dense_mask(self.rule, joint, m),
-            target_index=torch.from_numpy(index),
-            targets=torch.from_numpy(flat[index].astype(np.int64)),
-        ).to(self.device)
+            **{name: send(batch[name], regular) for name in named},
+            **{f"segment_{name}": send(batch[f"segment_{source}"], summaries) for name, source in segment},
+            mask=self._visibility(backend, joint, m),
+            target_index=torch.from_numpy(target_index).to(self.device, non_blocking=True),
+            targets=torch.from_numpy(targets[target_index].astype(np.int64)).to(self.device, non_blocking=True),
+            place=torch.from_numpy(regular.argsort(axis=1)).to(self.device) if reorder else None,
+        )
+
+    def _visibility(self, backend: str, joint: Fields, m: int) -> Tensor | BlockVisibility | PieceVisibility:
+        if backend == "flex":
+            return BlockVisibility(self.rule, joint, m, self.device)
+        if backend == "fused":
+            return PieceVisibility(joint.document.numpy(), self.device)
+        return dense_mask(self.rule, joint, m).to(self.device, non_blocking=True)
 
     def embed(self, tokens: Tensor | None, instrument: Tensor, ordinal: Tensor) -> Tensor:
         """(B, T, d_model) of regular tokens, or of summaries where `tokens` is None; -1 means none."""
@@ -226,13 +253,17 @@ class MeloFormer(nn.Module):
         return x, m, position, torch.cat([inputs.segment_time, inputs.time], dim=1)
 
     def hidden(self, inputs: Inputs) -> Tensor:
-        """(B, N, d_model), what the head reads."""
-        visibility = Visibility(inputs.mask, self.compute_dtype())
+        """(B, N, d_model), what the head reads, in the physical order of `inputs`."""
+        mask = inputs.mask
+        visibility = Visibility(mask, self.compute_dtype()) if isinstance(mask, Tensor) else mask
         return self.run_layers(*self.joint(inputs), lambda i, q, k, v: attend(q, k, v, visibility))
 
     def forward(self, inputs: Inputs) -> Tensor:
-        """Logits (B, N, V)."""
-        return self.head(self.hidden(inputs))
+        """Logits (B, N, V), in stream order."""
+        hidden = self.hidden(inputs)
+        if inputs.place is not None:
+            hidden = hidden.gather(1, inputs.place[..., None].expand_as(hidden))
+        return self.head(hidden)
 
     def training_loss(self, batch: Mapping[str, np.ndarray] | Inputs) -> tuple[Tensor, int, dict[str, Tensor]]:
         """Sum of nats over the targets, their number, and both by Family of the target; no synchronisation."""
@@ -255,7 +286,8 @@ class MeloFormer(nn.Module):
         tokens = np.asarray(tokens)
         bars = int(np.isin(tokens, (self.vocabulary.BAR, self.vocabulary.FILL)).sum())
         row = make_row([tokens], self.vocabulary, len(tokens), bars)
-        return self(self.prepare(stack_rows([row])))[0]
+        # Dense: a stream has any length, and `flex` would compile a graph for each.
+        return self(self.prepare(stack_rows([row]), "fused" if self.backend() == "fused" else "dense"))[0]
 
     def compute_dtype(self) -> torch.dtype:
         """What matrix products run in: autocast's type where it is on, else the parameters'."""

@@ -1,0 +1,134 @@
+"""The backends compute one thing: flex, in its physical order, and fused agree with dense; flex compiles once.
+
+All compiled tests share one shape, for a compilation takes many seconds on a CPU.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from meloformer.config import ModelConfig
+from meloformer.errors import UserError
+from tests.hid.streams import random_stream
+from tests.model.music import another_tail, batch_of, rich_stream, tiny_model, with_deferred_bars
+
+ROWS, N, M = 2, 250, 30
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def rows(seed):
+    """A batch of the one shape: two or three pieces in a row, deferred bars among them; padding alone for seed 0."""
+    first = [rich_stream(seed, 110), with_deferred_bars(rich_stream(seed + 1, 80), np.random.default_rng(seed))]
+    return batch_of(first, [random_stream(seed, 200)] if seed else [], max_seq_len=N, max_segments=M)
+
+
+def count_graphs(work):
+    """How many graphs were compiled while `work` ran ten times."""
+    torch._dynamo.reset()
+    counters.clear()
+    for seed in range(10):
+        work(rows(seed))
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("config", [{}, {"pattern": "full_causal"}], ids=str)
+def test_flex_agrees_with_dense_in_stream_order(config):
+    dense, flex = tiny_model(**config), tiny_model(backend="flex", **config)
+    for seed in (0, 3):
+        with torch.no_grad():
+            expected, got = dense(dense.prepare(rows(seed))), flex(flex.prepare(rows(seed)))
+            losses = [model.training_loss(rows(seed)) for model in (dense, flex)]
+        torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-5)
+        assert losses[0][1] == losses[1][1] > 0
+        torch.testing.assert_close(losses[0][0], losses[1][0], rtol=1e-5, atol=0)
+        torch.testing.assert_close(losses[0][2], losses[1][2], rtol=1e-5, atol=1e-4)
+
+
+def test_one_graph_serves_ten_batches_without_gradients():
+    """A recompilation a batch, and past a limit an N x N fall back, is what made the known implementation slow."""
+    model = tiny_model(backend="flex")
+    with torch.no_grad():
+        assert count_graphs(lambda batch: model(model.prepare(batch))) == 1
+
+
+def test_no_future_leaks_through_flex_and_its_physical_order():
+    """Another tail moves tokens to other places in memory, so earlier logits may differ by rounding, and no more."""
+    model, rng, moved = tiny_model(backend="flex"), np.random.default_rng(0), 0
+    for seed in range(1, 7):
+        tokens = rich_stream(seed, 120)
+        for i in rng.integers(3, len(tokens) - 1, 3).tolist():
+            changed = another_tail(tokens, i, rng, len(tokens))
+            batch = batch_of([tokens], [changed], max_seq_len=N, max_segments=M)
+            with torch.no_grad():
+                before, after = model(model.prepare(batch))
+            torch.testing.assert_close(before[:i], after[:i], atol=2e-6, rtol=0)
+            moved += bool((before[i : len(tokens)] - after[i : len(tokens)]).abs().max() > 1e-3)
+    assert moved > 8
+
+
+def test_flex_does_not_train_on_a_cpu():
+    model = tiny_model(backend="flex").train()
+    with pytest.raises(UserError, match="no backward pass on a CPU; train with --backend dense"):
+        model.training_loss(rows(1))
+
+
+def test_fused_agrees_with_dense_in_logits_and_gradients():
+    models = [tiny_model(pattern="full_causal", backend=backend).train() for backend in ("dense", "fused")]
+    batch = rows(0)
+    inputs = [model.prepare(batch) for model in models]
+    torch.testing.assert_close(models[1](inputs[1]), models[0](inputs[0]), atol=2e-6, rtol=1e-5)
+    for model, x in zip(models, inputs):
+        model.training_loss(x)[0].backward()
+    for name, parameter in models[0].named_parameters():
+        torch.testing.assert_close(models[1].get_parameter(name).grad, parameter.grad, atol=1e-4, rtol=1e-4)
+
+
+def test_a_backend_is_chosen_by_device_and_refused_where_it_cannot_work():
+    assert tiny_model().backend() == "dense"
+    assert tiny_model(backend="flex").backend() == "flex"
+    with pytest.raises(UserError, match="fused computes --pattern full_causal alone"):
+        ModelConfig(size="small", backend="fused").validate()
+
+
+@CUDA
+def test_cuda_flex_agrees_with_dense_in_gradients():
+    gradients = []
+    for backend in ("dense", "flex"):
+        model = tiny_model(backend=backend).train().cuda()
+        nats, count, _ = model.training_loss(rows(0))
+        (nats / count).backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, atol=1e-4, rtol=1e-3, msg=name)
+
+
+@CUDA
+def test_cuda_two_graphs_serve_ten_batches_with_gradients_and_ten_without():
+    model = tiny_model(backend="flex").cuda()
+
+    def with_and_without(batch):
+        model.train().training_loss(batch)[0].backward()
+        with torch.no_grad():
+            model.eval().training_loss(batch)
+
+    assert count_graphs(with_and_without) == 2
+
+
+@CUDA
+def test_cuda_fused_agrees_with_dense_in_bf16():
+    outputs = []
+    for backend in ("dense", "fused"):
+        model = tiny_model(pattern="full_causal", backend=backend, d_model=128).cuda()
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+            outputs.append(model(model.prepare(rows(0))).float())
+    torch.testing.assert_close(*outputs, atol=3e-2, rtol=3e-2)
+
+
+@CUDA
+def test_cuda_the_table_of_the_gpu_is_that_of_the_cpu():
+    model = tiny_model(backend="flex")
+    counts = [model.to(device).prepare(rows(3)).mask.counts.cpu() for device in ("cpu", "cuda")]
+    assert torch.equal(*counts)
