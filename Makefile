@@ -9,7 +9,9 @@ INSTALLED := $(VENV)/.installed
 # a finished one never. Prerequisites after | only set the order, so an edited config does not throw a model away.
 CORPUS := data/demo/.written
 SHARDS := processed/demo/meta.json
+SHORT := runs/demo-short
 RUN := runs/demo
+BEGUN := $(SHORT)/.trained
 TRAINED := $(RUN)/.trained
 EVALUATED := $(RUN)/evaluation.json
 SAMPLES := out/demo
@@ -42,15 +44,21 @@ $(CORPUS): | $(INSTALLED)
 $(SHARDS): | $(CORPUS)
 	$(PY) preprocess_data.py --input $(dir $(CORPUS)) --output $(@D)
 
-$(TRAINED): | $(SHARDS)
-	$(PY) train.py --config configs/demo.yaml --data_dir $(dir $(SHARDS)) --output_dir $(RUN) --resume auto
+$(BEGUN): | $(SHARDS)
+	$(PY) train.py --config configs/demo.yaml --data_dir $(dir $(SHARDS)) --output_dir $(SHORT) --resume auto
+	@touch $@
+
+$(TRAINED): | $(BEGUN)
+	$(PY) train.py --config configs/demo_long.yaml --init_from $(SHORT) --data_dir $(dir $(SHARDS)) --output_dir $(RUN) \
+	    --resume auto
 	@touch $@
 
 $(EVALUATED): | $(TRAINED)
-	$(PY) evaluate.py --checkpoint $(RUN)
+	$(PY) evaluate.py --checkpoint $(RUN) --max_seq_len 4096
 
 $(GENERATED): | $(TRAINED)
-	$(PY) generate.py --checkpoint $(RUN) --output $(SAMPLES) --num_samples 4 --plot
+	$(PY) generate.py --checkpoint $(RUN) --output $(SAMPLES) --num_samples 4 --bars 8 --time_signature 4/4 \
+	    --instruments drums,33,29,30 --plot
 
 test: $(INSTALLED)
 	$(PY) -m ruff check .
@@ -58,7 +66,7 @@ test: $(INSTALLED)
 	$(PY) -m pytest
 
 clean-demo:
-	rm -rf data/demo processed/demo $(RUN) $(SAMPLES)
+	rm -rf data/demo processed/demo $(SHORT) $(RUN) $(SAMPLES)
 
 clean: clean-demo
 	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache .hypothesis
