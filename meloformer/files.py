@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,3 +43,12 @@ def write_atomic(path: str | Path, data: bytes) -> None:
     """Write `data` so that `path` holds either its old content or all of the new, whatever happens meanwhile."""
     with atomic_file(path) as file:
         file.write(data)
+
+
+def checksum(path: str | Path) -> str:
+    """sha256 of a file, hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -38,15 +38,6 @@ class DataError(UserError):
     """A file of a corpus that is damaged, incomplete, or made by another vocabulary or format."""
 
 
-def checksum(path: str | Path) -> str:
-    """sha256 of a file, hex."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 class ArrayWriter:
     """One safetensors file of one-dimensional arrays, by name; whole or absent."""
 

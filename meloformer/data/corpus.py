@@ -20,8 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
-from meloformer.data.arrays import FORMAT_VERSION, DataError, MappedArrays, checksum
+from meloformer.data.arrays import FORMAT_VERSION, DataError, MappedArrays
 from meloformer.data.shards import REMEDY, SegmentTable, Shard, content_hash
+from meloformer.files import checksum
 from meloformer.hid.vocabulary import Vocabulary
 
 META, INDEX, REJECTED = "meta.json", "index.safetensors", "rejected.jsonl"

@@ -31,9 +31,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from meloformer.data.shards import checksum
 from meloformer.errors import UserError
-from meloformer.files import sync_directory, write_atomic
+from meloformer.files import checksum, sync_directory, write_atomic
 
 FORMAT = 1
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"

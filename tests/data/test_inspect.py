@@ -6,9 +6,9 @@ import sys
 import pytest
 
 from meloformer.data import Corpus, DataError
-from meloformer.data.arrays import checksum
 from meloformer.data.inspect import IN_WORDS, describe_corpus, describe_file, describe_piece
 from meloformer.data.shards import shard_name
+from meloformer.files import checksum
 from meloformer.hid import Tokenizer
 from meloformer.midi import Score, Track, note_table, read_score, write_midi
 from tests.conftest import ROOT

@@ -8,9 +8,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from meloformer.data import Corpus, DataError
-from meloformer.data.arrays import checksum
 from meloformer.data.shards import Piece, Shard, content_hash, shard_name, write_shard
 from meloformer.errors import UserError
+from meloformer.files import checksum
 from meloformer.hid import Tokenizer, Vocabulary, find_segments
 from tests.data.music import make_corpus
 
