@@ -32,15 +32,15 @@ SDPA_KERNELS = {"flash sdpa": SDPBackend.FLASH_ATTENTION, "cuDNN sdpa": SDPBacke
 
 
 def measure(work: Callable[[], None], device: torch.device, repeats: int = 10) -> tuple[float, float]:
-    """(milliseconds, median; peak MiB beyond what was there) of `work`, warmed up."""
+    """Milliseconds (median; on a CPU the least processor time) and peak MiB beyond what was there, of `work`."""
     if device.type != "cuda":
         work()
         times = []
-        for _ in range(max(repeats // 3, 3)):
-            start = time.perf_counter()
+        for _ in range(repeats // 2):
+            start = time.process_time()  # of all threads: other work may share the cores
             work()
-            times.append(time.perf_counter() - start)
-        return 1e3 * float(np.median(times)), float("nan")
+            times.append(time.process_time() - start)
+        return 1e3 * min(times), float("nan")
     for _ in range(3):
         work()
     torch.cuda.synchronize()

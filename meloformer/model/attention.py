@@ -87,7 +87,7 @@ class BlockVisibility:
         block_size: tuple[int, int] = BLOCK_SIZE,
     ):
         rows, length = fields.document.shape
-        rule = rule.to(device)
+        device_rule = rule.to(device)
         words = pack(rule, fields)
         self.key_order, places = None, [None] * rows
         if not rule.full_causal:
@@ -95,7 +95,9 @@ class BlockVisibility:
             places = order.argsort(axis=1)
             self.key_order, self.key_place = (torch.from_numpy(x).to(device) for x in (order, places))
             words[:KEY_WORDS] = words[:KEY_WORDS].take_along_dim(torch.from_numpy(order)[None], -1)
-        counts = [count_blocks(rule, fields.at(b), num_summaries, block_size, device, places[b]) for b in range(rows)]
+        counts = [
+            count_blocks(device_rule, fields.at(b), num_summaries, block_size, device, places[b]) for b in range(rows)
+        ]
         self.counts = torch.stack(counts)  # (B, blocks of queries, blocks of keys) visible pairs
         kv_num, kv, full_num, full, q_num, q, full_q_num, full_q = block_tables(self.counts, block_size)
         self.block_mask = BlockMask(

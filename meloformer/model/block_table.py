@@ -159,7 +159,9 @@ def _entries(block: np.ndarray, kind: np.ndarray, run: np.ndarray, device: torch
 
 def _send(values: np.ndarray, device: torch.device | str) -> Tensor:
     tensor = torch.from_numpy(np.ascontiguousarray(values))
-    return tensor if torch.device(device).type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+    # From pinned memory, or the copy would wait for all that the device has still to do.
+    tensor = tensor.pin_memory() if torch.device(device).type == "cuda" else tensor
+    return tensor.to(device, non_blocking=True)
 
 
 def _add_rows(table: Tensor, entries: _Entries, index: Tensor) -> Tensor:

@@ -56,7 +56,10 @@ def pack(rule: AttentionRule, f: Fields) -> Tensor:
 
 
 def packed_rule(rule: AttentionRule, words: Tensor) -> Callable:
-    """The rule as a mask_mod; a new one for each batch compiles nothing anew while the words keep their shape."""
+    """The rule as a mask_mod; a new one for each batch compiles nothing anew while the words keep their shape.
+
+    The words may be on a device; `rule` keeps its tables on the CPU, where reading them waits for nothing.
+    """
     place, key_about, key_onset, first, piece, last, query_about, query_onset = words.unbind(0)
     if rule.full_causal:
 
@@ -64,7 +67,7 @@ def packed_rule(rule: AttentionRule, words: Tensor) -> Callable:
             return (place[b, k] >= piece[b, q]) & (place[b, k] <= last[b, q])
 
         return sees_all_before
-    same_bars, cross_bars = _membership(rule.same_bars), _membership(rule.cross_bars)
+    same_bars, cross_bars = (_membership(table, words.device) for table in (rule.same_bars, rule.cross_bars))
 
     def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         ask, about, at = query_about[b, q], key_about[b, k], place[b, k]
@@ -79,7 +82,7 @@ def packed_rule(rule: AttentionRule, words: Tensor) -> Callable:
     return sees
 
 
-def _membership(table: Tensor | None) -> Callable[[Tensor], Tensor]:
+def _membership(table: Tensor | None, device: torch.device) -> Callable[[Tensor], Tensor]:
     """Whether a distance is in an offset table: the bits of a constant where 31 are enough, the table else."""
     if table is None:
         return lambda distance: distance == distance
@@ -87,4 +90,5 @@ def _membership(table: Tensor | None) -> Callable[[Tensor], Tensor]:
     if len(table) <= 31:
         bits = sum(1 << i for i, allowed in enumerate(table.tolist()) if allowed)
         return lambda distance: ((bits >> (distance.clamp(-largest, largest) + largest)) & 1) != 0
+    table = table.to(device)
     return lambda distance: table[distance.clamp(-largest, largest) + largest]

@@ -54,6 +54,19 @@ def test_one_graph_serves_ten_batches_without_gradients():
         assert count_graphs(lambda batch: model(model.prepare(batch))) == 1
 
 
+def test_compiled_layers_are_one_graph_too():
+    """The tables come as part of the inputs: what is new in each batch must not be what a graph is made for.
+
+    One layer, for each takes a quarter of a minute to compile; with three the count is the same.
+    """
+    model, plain = tiny_model(backend="flex", n_layer=1), tiny_model(n_layer=1)
+    model.compile_layers()
+    with torch.no_grad():
+        assert count_graphs(lambda batch: model(model.prepare(batch))) == 1
+        batch = rows(11)
+        torch.testing.assert_close(model(model.prepare(batch)), plain(plain.prepare(batch)), atol=2e-6, rtol=1e-5)
+
+
 def test_no_future_leaks_through_flex_and_its_physical_order():
     """Another tail moves tokens to other places in memory, so earlier logits may differ by rounding, and no more."""
     model, rng, moved = tiny_model(backend="flex"), np.random.default_rng(0), 0

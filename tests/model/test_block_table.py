@@ -160,3 +160,15 @@ def test_more_bars_than_the_words_hold_are_refused():
     fields = Fields(*(torch.zeros(1, 1, dtype=torch.int32) for _ in Fields._fields))
     with pytest.raises(ValueError, match="16384"):
         pack(AttentionRule(ModelConfig(size="small")), fields._replace(bar=torch.tensor([[MAX_BARS]])))
+
+
+@pytest.mark.parametrize("name", ["default", "distances beyond 31", "full causal"])
+def test_nothing_of_the_device_is_read_on_the_way(name):
+    """On `meta`, where tensors have no values: reading one, as a wait for a GPU would, or mixing devices, raises."""
+    rule = AttentionRule(ModelConfig(size="small", **CONFIGS[name]))
+    fields = joint_fields(batch_of([rich_stream(1, 120)], [rich_stream(2, 120)], max_seq_len=130), rule.summaries)
+    m = fields.document.shape[1] - 130
+    mask = BlockVisibility(rule, fields, m, "meta").block_mask
+    assert mask.kv_indices.device.type == "meta"
+    q = torch.zeros(1, dtype=torch.int64, device="meta")
+    assert mask.mask_mod(q, q, q, q).shape == (1,)
