@@ -194,7 +194,7 @@ class TrainingConfig(Settings):
     gradient_checkpointing: bool = option(
         False, "compute activations again in the backward pass: less memory, a quarter more time"
     )
-    compile: bool | None = option(None, "fuse the model's operations with torch.compile", shown="on a GPU")
+    compile: bool = option(False, "fuse the model's operations with torch.compile")
     val_interval: int = option(500, "steps between validations")
     val_max_rows: int = option(256, "held-out rows in a validation while training; evaluate.py takes all")
     val_task_rows: int = option(32, "held-out rows for each way of deferring bars (infilling); 0 leaves it out")

@@ -130,7 +130,7 @@ def train_rank(config: Config, ranks: Ranks, held: ExitStack) -> None:
         tensors = ranks.broadcast_tensors(read(ranks, start, checkpoint.OPTIMIZER))
         load_optimizer_tensors(model, optimizers, tensors, str(start / checkpoint.OPTIMIZER))
     model.gradient_checkpointing = settings.gradient_checkpointing
-    if device.type == "cuda" if settings.compile is None else settings.compile:
+    if settings.compile:
         model.compile_layers()
     if ranks.is_main:
         if start is not None:

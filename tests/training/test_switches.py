@@ -83,7 +83,7 @@ def test_compiling_gives_the_same_losses_and_two_graphs(make_config, monkeypatch
     assert weights(compiled).keys() == weights(plain).keys()
 
 
-@pytest.mark.parametrize(("words", "expected"), [([], None), (["--compile"], True), (["--no-compile"], False)])
+@pytest.mark.parametrize(("words", "expected"), [([], False), (["--compile"], True), (["--no-compile"], False)])
 def test_compile_can_be_turned_on_and_off(words, expected):
     assert load(Config, ["--data_dir", "x", *words]).training.compile is expected
 
