@@ -1,6 +1,6 @@
 """Many samples of all tasks at random settings: each a valid stream that opens twice and honours its request.
 
-    python benchmarks/soak_generate.py --samples 1000 --midi ../shared/midi --checkpoint runs/demo --output soak.json
+    python benchmarks/soak_generate.py --samples 1000 --midi midi/ --checkpoint runs/demo --output soak.json
 
 Without --checkpoint the model is small and untrained, which tries everything. Checked of each sample: the grammar; the
 length; what was asked for; both readers open the file and agree; and after a prompt, that no note outside the written
