@@ -56,7 +56,13 @@ class TrainingError(UserError):
 def train(config: Config) -> None:
     """Train to max_steps, or until a signal; either way the last step is saved."""
     with joined(config.training.device) as ranks, ExitStack() as held:
-        train_rank(config, ranks, held)
+        try:
+            train_rank(config, ranks, held)
+        except OSError as error:  # a disk that is full or gone; checkpoints and logs have said so in their own words
+            raise TrainingError(
+                f"{error.filename or config.training.output_dir}: {error.strerror or error}; checkpoints that were "
+                "finished are whole: put it right and go on with --resume auto"
+            ) from error
 
 
 def train_rank(config: Config, ranks: Ranks, held: ExitStack) -> None:

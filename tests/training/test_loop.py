@@ -327,3 +327,9 @@ def test_a_second_interrupt_has_the_default_effect(make_config, monkeypatch):
     assert seen == [signal.SIG_DFL]
     assert signal.getsignal(signal.SIGINT) == before
     assert losses(config)[-1][0] == 2
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(make_config, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(UserError, match=r"file.*[Nn]ot a directory.*--resume auto"):
+        train(make_config("file/run", max_steps=1))
