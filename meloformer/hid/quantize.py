@@ -38,7 +38,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from meloformer.hid.vocabulary import MAX_BPM, MIN_BPM, NUM_VELOCITIES, Vocabulary
+from meloformer.hid.vocabulary import MAX_BPM, MIN_BPM, VELOCITIES, VELOCITY_BIN, Vocabulary
 from meloformer.midi.score import METER_DTYPE, NOTE_DTYPE, TEMPO_DTYPE, MidiError, Score, bar_ticks, note_order
 
 STRAY_GAP_BARS = 64
@@ -116,8 +116,7 @@ def bin_velocity(velocity: np.ndarray) -> np.ndarray:
     >>> bin_velocity(np.array([1, 64, 66, 127], dtype=np.uint8)).tolist()
     [2, 66, 66, 126]
     """
-    width = 128 // NUM_VELOCITIES
-    return (np.clip(velocity, 1, 127) // width * width + width // 2).astype(np.uint8)
+    return VELOCITIES[np.clip(velocity, 1, 127) // VELOCITY_BIN]
 
 
 # --- notes ---------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from meloformer.hid.annotate import Annotations, annotate
 from meloformer.hid.deferral import defer, undefer
 from meloformer.hid.grammar import validate
 from meloformer.hid.quantize import quantize
-from meloformer.hid.vocabulary import MIN_BPM, NUM_VELOCITIES, Family, Vocabulary
+from meloformer.hid.vocabulary import MIN_BPM, VELOCITIES, VELOCITY_BIN, Family, Vocabulary
 from meloformer.midi.score import (
     DRUMS,
     METER_DTYPE,
@@ -111,8 +111,7 @@ def note_rows(tokens: np.ndarray, a: Annotations, vocabulary: Vocabulary) -> np.
     notes = np.empty(len(pitch_at), dtype=NOTE_DTYPE)
     notes["track"], notes["onset"], notes["pitch"] = a.track[pitch_at], a.time[pitch_at], value[pitch_at]
     notes["duration"] = vocabulary.durations[value[pitch_at + 1]]
-    width = 128 // NUM_VELOCITIES
-    notes["velocity"] = value[pitch_at + 2] * width + width // 2
+    notes["velocity"] = VELOCITIES[value[pitch_at + 2]]
     return notes
 
 
@@ -216,7 +215,7 @@ class Tokenizer:
         tokens[end[new_onset] - 4] = v.start(Family.TIME) + onset_in_bar[new_onset]
         tokens[end - 3] = v.start(Family.PITCH) + notes["pitch"].astype(np.int64)
         tokens[end - 2] = v.start(Family.DURATION) + self._duration_index[notes["duration"]]
-        tokens[end - 1] = v.start(Family.VELOCITY) + notes["velocity"].astype(np.int64) * NUM_VELOCITIES // 128
+        tokens[end - 1] = v.start(Family.VELOCITY) + notes["velocity"].astype(np.int64) // VELOCITY_BIN
         opens = np.flatnonzero(new_bars)
         return Encoding(
             tokens=tokens,

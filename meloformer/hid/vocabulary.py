@@ -29,6 +29,9 @@ DEFAULT_RESOLUTION = 24  # ticks per quarter note: 32nd notes and triplets of 16
 MAX_BAR_QUARTERS = 8
 MAX_DURATION_QUARTERS = 32  # eight whole notes
 NUM_VELOCITIES = 32
+VELOCITY_BIN = 128 // NUM_VELOCITIES  # MIDI velocities that share a token
+# What a token's velocity is played with: the middle of its bin
+VELOCITIES = (np.arange(NUM_VELOCITIES) * VELOCITY_BIN + VELOCITY_BIN // 2).astype(np.uint8)
 MIN_BPM, MAX_BPM = 20, 320
 METER_DENOMINATORS = (2, 4, 8, 16)
 NUM_RESERVED = 64
@@ -202,7 +205,7 @@ class Vocabulary:
 
     def velocity(self, velocity: int) -> int:
         """Id of the bin of a MIDI velocity 1..127."""
-        return self.token(Family.VELOCITY, velocity * NUM_VELOCITIES // 128)
+        return self.token(Family.VELOCITY, velocity // VELOCITY_BIN)
 
     def tempo(self, bpm: int) -> int:
         return self.token(Family.TEMPO, bpm - MIN_BPM)
