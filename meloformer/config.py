@@ -49,10 +49,10 @@ class ModelConfig(Settings):
     pattern: Literal["bar_sparse", "full_causal"] = option(
         "bar_sparse", "the attention rule: bars and token types, or everything earlier in the piece (the baseline)"
     )
-    backend: Literal["auto", "dense", "flex", "fused"] = option(
+    backend: Literal["auto", "dense", "gathered", "flex", "fused"] = option(
         "auto",
-        "how attention is computed: dense everywhere, flex (block-sparse) on CUDA, fused for full_causal alone; auto "
-        "takes the fastest",
+        "how attention is computed: dense everywhere, gathered (what is seen alone) on a CPU, flex (block-sparse) on "
+        "CUDA, fused for full_causal alone; auto takes the fastest",
     )
     same_bar_offsets: Literal["all"] | list[int] = option(
         "all", "which earlier bars of its own instrument a token sees: all, or distances such as 0,1,2,4"
@@ -93,7 +93,13 @@ class ModelConfig(Settings):
         )
         require(0 <= self.dropout < 1, "model.dropout", self.dropout, "from 0 to below 1", "0 turns it off")
         good = self.backend != "fused" or self.pattern == "full_causal"
-        require(good, "model.backend", "fused", "auto, dense or flex", "fused computes --pattern full_causal alone")
+        require(
+            good,
+            "model.backend",
+            "fused",
+            "auto, dense, gathered or flex",
+            "fused computes --pattern full_causal alone",
+        )
         offsets = self.same_bar_offsets
         require(
             offsets == "all" or 0 in offsets,

@@ -1,6 +1,7 @@
-"""The only caller of attention kernels. What each query sees comes in one of three forms, and `attend` knows them all.
+"""The only caller of attention kernels. What each query sees comes in one of four forms, and `attend` knows them all.
 
     Visibility(mask, dtype)      dense: scaled_dot_product_attention with a boolean mask (B, Q, K), any device
+    GatheredVisibility(mask, ..) gathered: chunks of queries, each against the keys that any of them sees; for a CPU
     BlockVisibility(rule, ...)   flex: compiled FlexAttention over a block table, made for CUDA; forward only on a CPU
     PieceVisibility(document)    fused: causal inside each piece and nothing else, the baseline's fastest kernel
 
@@ -35,6 +36,8 @@ except ImportError:  # before torch 2.10
     varlen_attn = None
 
 BLOCK_SIZE = (64, 64)  # queries, keys; docs/log.md: a quarter less is visited than at 128 x 128
+CHUNK = 64  # queries that the gathered backend takes at a time
+HIDDEN = -1e9  # added to what is not seen; finite, because a query that sees nothing must not become NaN
 # Tiles of the CUDA kernels, each a divisor of its block: M are queries and N keys, of the forward pass and of the two
 # halves of the backward pass.
 _TILES = {"BLOCK_M": 0, "BLOCK_N": 1, "BLOCK_M1": 0, "BLOCK_N1": 1, "BLOCK_M2": 0, "BLOCK_N2": 1}
@@ -56,6 +59,85 @@ class Visibility:
         q, k, v = (x.to(bias.dtype).transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return out.transpose(1, 2).masked_fill(blind, 0.0)
+
+
+class GatheredVisibility:
+    """Gathered: mask (B, T, T) bool, order (B, T) the queries by kind (`order_of`); tokens stay where they are.
+
+    Queries of one kind see about the same keys, so a chunk of them is multiplied with those keys alone, in three steps
+    that autograd knows: copy the keys and values that some query of the chunk sees, softmax of their products, put the
+    results back. Chunks of about as many keys share a call. Calls have few shapes (key counts rounded up, powers of two
+    of chunks), because the CPU's kernels are generated anew for each. docs/log.md has what it saves.
+    """
+
+    def __init__(self, mask: Tensor, order: np.ndarray):
+        rows, length = order.shape
+        self.blind = ~mask.any(dim=-1)
+        chunks: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
+        for b in range(rows):
+            for queries in torch.from_numpy(order[b]).split(CHUNK):
+                seen = mask[b, queries]
+                keys = seen.any(dim=0).nonzero()[:, 0]
+                size = _rounded(len(keys))
+                bias = torch.full((CHUNK, size), HIDDEN)
+                bias[: len(queries), : len(keys)].masked_fill_(seen[:, keys], 0.0)
+                padded = (_padded(queries, CHUNK), _padded(keys, size))
+                chunks.setdefault(size, []).append((padded[0] + b * length, padded[1] + b * length, bias))
+        groups = [
+            tuple(map(torch.stack, zip(*chunks[size][a:b])))
+            for size in sorted(chunks)
+            for a, b in _powers_of_two(len(chunks[size]))
+        ]
+        self.bias = [bias for _, _, bias in groups]  # (chunks, CHUNK, keys) float32, 0 or HIDDEN
+        self.queries = torch.cat([queries.flatten() for queries, _, _ in groups])
+        self.keys = torch.cat([keys.flatten() for _, keys, _ in groups])
+        self.query_counts = [queries.numel() for queries, _, _ in groups]
+        self.key_counts = [keys.numel() for _, keys, _ in groups]
+        # Where each query's result stands. A chunk is filled up with repeats behind its own queries: the first counts.
+        found, first = np.unique(self.queries.numpy(), return_index=True)
+        self.place = torch.from_numpy(first)
+        if len(found) != rows * length:
+            raise ValueError("order: not a permutation of every row")
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        rows, length, heads, size = k.shape
+        # The last layer asks for regular tokens only; the summaries' queries are cheap, for each sees few keys.
+        missing = length - q.shape[1]
+        q = F.pad(q * size**-0.5, (0, 0, 0, 0, missing, 0)).flatten(0, 1).flatten(1)
+        # In float32, for the gradient of a key adds up over all chunks that see it.
+        k_v = torch.cat([k.flatten(0, 1), v.flatten(0, 1)], dim=1).flatten(1).float()
+        queries = F.embedding(self.queries, q).to(v.dtype).split(self.query_counts)
+        keys_values = F.embedding(self.keys, k_v).to(v.dtype).split(self.key_counts)
+        out = []
+        for chunk_q, chunk_kv, bias in zip(queries, keys_values, self.bias):
+            chunk_q = chunk_q.view(len(bias), CHUNK, heads, size).transpose(1, 2)
+            chunk_k, chunk_v = chunk_kv.view(len(bias), -1, 2, heads, size).permute(2, 0, 3, 1, 4)
+            scores = chunk_q @ chunk_k.transpose(-1, -2) + bias[:, None].to(v.dtype)
+            out.append((scores.softmax(dim=-1) @ chunk_v).transpose(1, 2).flatten(0, 1).flatten(1))
+        out = F.embedding(self.place, torch.cat(out)).view(rows, length, heads, size)
+        return out[:, missing:].masked_fill(self.blind[:, missing:, None, None], 0.0)
+
+
+def _rounded(count: int) -> int:
+    """At least one, up to a multiple of 64 (to 256), 128 (to 1,024) or 512."""
+    step = 64 if count <= 256 else 128 if count <= 1024 else 512
+    return max(1, -(-count // step)) * step
+
+
+def _powers_of_two(count: int) -> list[tuple[int, int]]:
+    """`count` things cut into runs [first, last) of 16, 8, 4, 2 and 1."""
+    runs, first = [], 0
+    for length in (16, 8, 4, 2, 1):
+        while count - first >= length:
+            runs.append((first, first + length))
+            first += length
+    return runs
+
+
+def _padded(indices: Tensor, length: int) -> Tensor:
+    """Indices with the last one (0 if there is none) repeated up to `length`."""
+    last = indices[-1:] if len(indices) else indices.new_zeros(1)
+    return torch.cat([indices, last.expand(length - len(indices))])
 
 
 class _Permute(torch.autograd.Function):
@@ -167,6 +249,9 @@ class PieceVisibility:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)[0].transpose(0, 1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility | BlockVisibility | PieceVisibility) -> Tensor:
+AnyVisibility = Visibility | GatheredVisibility | BlockVisibility | PieceVisibility
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, visibility: AnyVisibility) -> Tensor:
     """Attention of the last Q queries of `visibility`; zeros for those that see nothing."""
     return visibility.attend(q, k, v)

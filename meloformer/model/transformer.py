@@ -34,7 +34,7 @@ from meloformer.errors import UserError
 from meloformer.files import write_atomic
 from meloformer.hid import Family, Vocabulary
 from meloformer.hid.rows import make_row, stack_rows
-from meloformer.model.attention import BlockVisibility, PieceVisibility, Visibility, attend
+from meloformer.model.attention import BlockVisibility, GatheredVisibility, PieceVisibility, Visibility, attend
 from meloformer.model.block_table import order_of
 from meloformer.model.layers import FeedForward, RMSNorm, Rotary, rotate
 from meloformer.model.masks import AttentionRule, Fields, dense_mask, joint_fields
@@ -66,7 +66,7 @@ class Inputs:
     segment_ordinal: Tensor
     segment_position: Tensor
     segment_time: Tensor
-    mask: Tensor | BlockVisibility | PieceVisibility
+    mask: Tensor | GatheredVisibility | BlockVisibility | PieceVisibility
     target_index: Tensor
     targets: Tensor
     place: Tensor | None = None
@@ -173,7 +173,7 @@ class MeloFormer(nn.Module):
         if self.config.backend != "auto":
             return self.config.backend
         if self.device.type == "cpu":
-            return "dense"
+            return "dense" if self.rule.full_causal else "gathered"
         return "fused" if self.rule.full_causal else "flex"
 
     def prepare(self, batch: Mapping[str, np.ndarray], backend: str | None = None) -> Inputs:
@@ -206,12 +206,19 @@ class MeloFormer(nn.Module):
             place=torch.from_numpy(regular.argsort(axis=1)).to(self.device) if reorder else None,
         )
 
-    def _visibility(self, backend: str, joint: Fields, m: int) -> Tensor | BlockVisibility | PieceVisibility:
+    def _visibility(
+        self, backend: str, joint: Fields, m: int
+    ) -> Tensor | GatheredVisibility | BlockVisibility | PieceVisibility:
         if backend == "flex":
             return BlockVisibility(self.rule, joint, m, self.device)
         if backend == "fused":
             return PieceVisibility(joint.document.numpy(), self.device)
-        return dense_mask(self.rule, joint, m).to(self.device, non_blocking=True)
+        mask = dense_mask(self.rule, joint, m)
+        if backend == "gathered":
+            if self.device.type != "cpu":
+                raise UserError(f"model.backend is 'gathered', made for a CPU, on {self.device}; take --backend auto")
+            return GatheredVisibility(mask, np.stack([order_of(joint.at(b), m) for b in range(len(mask))]))
+        return mask.to(self.device, non_blocking=True)
 
     def embed(self, tokens: Tensor | None, instrument: Tensor, ordinal: Tensor) -> Tensor:
         """(B, T, d_model) of regular tokens, or of summaries where `tokens` is None; -1 means none."""

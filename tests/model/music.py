@@ -16,7 +16,7 @@ from meloformer.model import MeloFormer
 from tests.hid.streams import VOCABULARY, random_stream
 from tests.midi.real_files import midi_files
 
-TINY = {"size": "small", "n_layer": 3, "n_head": 2, "d_model": 32, "d_ff": 48}
+TINY = {"backend": "dense", "size": "small", "n_layer": 3, "n_head": 2, "d_model": 32, "d_ff": 48}
 
 
 def tiny_model(**config) -> MeloFormer:

@@ -1,4 +1,4 @@
-"""The backends compute one thing: flex, in its physical order, and fused agree with dense; flex compiles once.
+"""The backends compute one thing: flex, in its physical order, gathered and fused agree with dense; flex compiles once.
 
 All compiled tests share one shape, for a compilation takes many seconds on a CPU.
 """
@@ -67,9 +67,10 @@ def test_compiled_layers_are_one_graph_too():
         torch.testing.assert_close(model(model.prepare(batch)), plain(plain.prepare(batch)), atol=2e-6, rtol=1e-5)
 
 
-def test_no_future_leaks_through_flex_and_its_physical_order():
+@pytest.mark.parametrize("backend", ["flex", "gathered"])
+def test_no_future_leaks_through_a_backend_with_an_order_of_its_own(backend):
     """Another tail moves tokens to other places in memory, so earlier logits may differ by rounding, and no more."""
-    model, rng, moved = tiny_model(backend="flex"), np.random.default_rng(0), 0
+    model, rng, moved = tiny_model(backend=backend), np.random.default_rng(0), 0
     for seed in range(1, 7):
         tokens = rich_stream(seed, 120)
         for i in rng.integers(3, len(tokens) - 1, 3).tolist():
@@ -88,9 +89,12 @@ def test_flex_does_not_train_on_a_cpu():
         model.training_loss(rows(1))
 
 
-def test_fused_agrees_with_dense_in_logits_and_gradients():
-    models = [tiny_model(pattern="full_causal", backend=backend).train() for backend in ("dense", "fused")]
-    batch = rows(0)
+@pytest.mark.parametrize("backend, config", [("fused", {"pattern": "full_causal"}), ("gathered", {})], ids=str)
+@pytest.mark.parametrize("seed", [0, 3])
+def test_backends_of_the_cpu_agree_with_dense_in_logits_and_gradients(backend, config, seed):
+    """Rows off the edge of a chunk, a row of nothing but padding, repeats that fill up the last chunk."""
+    models = [tiny_model(backend=name, **config).train() for name in ("dense", backend)]
+    batch = rows(seed)
     inputs = [model.prepare(batch) for model in models]
     torch.testing.assert_close(models[1](inputs[1]), models[0](inputs[0]), atol=2e-6, rtol=1e-5)
     for model, x in zip(models, inputs):
@@ -100,10 +104,25 @@ def test_fused_agrees_with_dense_in_logits_and_gradients():
 
 
 def test_a_backend_is_chosen_by_device_and_refused_where_it_cannot_work():
-    assert tiny_model().backend() == "dense"
+    assert tiny_model(backend="auto").backend() == "gathered"
+    assert tiny_model(backend="auto", pattern="full_causal").backend() == "dense"
     assert tiny_model(backend="flex").backend() == "flex"
     with pytest.raises(UserError, match="fused computes --pattern full_causal alone"):
         ModelConfig(size="small", backend="fused").validate()
+
+
+def test_gathered_computes_far_fewer_pairs_than_dense_and_has_few_shapes():
+    """What it is for; and a shape that is new in every batch has the CPU's kernels made anew in every batch."""
+    model = tiny_model(backend="gathered")
+    tokens = [rich_stream(seed, 900) for seed in range(2, 12)]
+    shapes = set()
+    for stream in tokens:
+        visibility = model.prepare(batch_of([stream] * 3, max_seq_len=3 * len(stream), max_segments=400)).mask
+        shapes |= {tuple(bias.shape) for bias in visibility.bias}
+        pairs = sum(bias.numel() for bias in visibility.bias)
+        assert pairs < 0.6 * (3 * len(stream) + 400) ** 2
+    assert {shape[0] for shape in shapes} <= {1, 2, 4, 8, 16}
+    assert {shape[2] for shape in shapes} <= {64, 128, 192, 256, *range(384, 1025, 128)}
 
 
 @CUDA
