@@ -249,9 +249,10 @@ class PieceVisibility:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)[0].transpose(0, 1)
 
 
-AnyVisibility = Visibility | GatheredVisibility | BlockVisibility | PieceVisibility
+# What a backend makes of a batch, once for all layers; dense keeps the mask itself until its precision is known.
+Prepared = GatheredVisibility | BlockVisibility | PieceVisibility
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, visibility: AnyVisibility) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility | Prepared) -> Tensor:
     """Attention of the last Q queries of `visibility`; zeros for those that see nothing."""
     return visibility.attend(q, k, v)

@@ -34,7 +34,14 @@ from meloformer.errors import UserError
 from meloformer.files import write_atomic
 from meloformer.hid import Family, Vocabulary
 from meloformer.hid.rows import make_row, stack_rows
-from meloformer.model.attention import BlockVisibility, GatheredVisibility, PieceVisibility, Visibility, attend
+from meloformer.model.attention import (
+    BlockVisibility,
+    GatheredVisibility,
+    PieceVisibility,
+    Prepared,
+    Visibility,
+    attend,
+)
 from meloformer.model.block_table import order_of
 from meloformer.model.layers import FeedForward, RMSNorm, Rotary, rotate
 from meloformer.model.masks import AttentionRule, Fields, dense_mask, joint_fields
@@ -66,7 +73,7 @@ class Inputs:
     segment_ordinal: Tensor
     segment_position: Tensor
     segment_time: Tensor
-    mask: Tensor | GatheredVisibility | BlockVisibility | PieceVisibility
+    mask: Tensor | Prepared
     target_index: Tensor
     targets: Tensor
     place: Tensor | None = None
@@ -120,6 +127,7 @@ class MeloFormer(nn.Module):
         super().__init__()
         config.validate()
         self.config, self.vocabulary, self.max_seq_len = config, vocabulary, max_seq_len
+        self.static_shapes = False  # every batch must look the same to torch.compile
         self.gradient_checkpointing = False  # keep only what enters each layer, and compute the rest twice
         self.rule = AttentionRule(config)
         self.rotary = Rotary(config.d_model // config.n_head, config.rotary_axes, vocabulary.resolution)
@@ -157,6 +165,7 @@ class MeloFormer(nn.Module):
     def compile_layers(self) -> None:
         """Have torch.compile fuse what lies between the tokens and the head; batches then keep one shape."""
         self.hidden = torch.compile(self.hidden, dynamic=False)
+        self.static_shapes = True
 
     @property
     def device(self) -> torch.device:
@@ -173,7 +182,7 @@ class MeloFormer(nn.Module):
         if self.config.backend != "auto":
             return self.config.backend
         if self.device.type == "cpu":
-            return "dense" if self.rule.full_causal else "gathered"
+            return "dense" if self.rule.full_causal or self.static_shapes else "gathered"
         return "fused" if self.rule.full_causal else "flex"
 
     def prepare(self, batch: Mapping[str, np.ndarray], backend: str | None = None) -> Inputs:
@@ -206,9 +215,7 @@ class MeloFormer(nn.Module):
             place=torch.from_numpy(regular.argsort(axis=1)).to(self.device) if reorder else None,
         )
 
-    def _visibility(
-        self, backend: str, joint: Fields, m: int
-    ) -> Tensor | GatheredVisibility | BlockVisibility | PieceVisibility:
+    def _visibility(self, backend: str, joint: Fields, m: int) -> Tensor | Prepared:
         if backend == "flex":
             return BlockVisibility(self.rule, joint, m, self.device)
         if backend == "fused":
