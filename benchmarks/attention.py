@@ -5,7 +5,8 @@
 For rows of single pieces and packed ones, each line: blocks visited relative to the baseline's, milliseconds and peak
 MiB of attention forward and backward for sparse (flex) and for causal inside each piece (fused), the time to build the
 table, and sparse as a multiple of the baseline. `--block_size 128x64` tries another; repeated, several. On a CPU, in a
-reduced form: forward only, in float32, rows of --cpu_tokens tokens, and dense beside a direct call with the mask.
+reduced form: rows of --cpu_tokens tokens, flex forward only in float32, dense beside a direct call with the mask, and
+gathered, which is what a CPU trains with, forward and backward beside dense and the baseline.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from benchmarks.blocks import baseline_blocks
 from benchmarks.rows import packed_rows
 from meloformer.config import MODEL_SIZES, ModelConfig
 from meloformer.hid.rows import stack_rows
-from meloformer.model.attention import BlockVisibility, PieceVisibility, Visibility, attend
+from meloformer.model.attention import BlockVisibility, GatheredVisibility, PieceVisibility, Visibility, attend
 from meloformer.model.block_table import order_of
 from meloformer.model.masks import AttentionRule, Fields, dense_mask, joint_fields
 
+CPU = torch.device("cpu")
 SDPA_KERNELS = {"flash sdpa": SDPBackend.FLASH_ATTENTION, "cuDNN sdpa": SDPBackend.CUDNN_ATTENTION}
 
 
@@ -112,6 +114,33 @@ def dense_beside_direct(rule: AttentionRule, joint: Fields, qkv: list[Tensor], m
     print(f"    dense: {ours / 12:.2f} ms; masked sdpa called directly {theirs / 12:.2f} ms; speed {theirs / ours:.2f}")
 
 
+def gathered_beside_dense(rule: AttentionRule, batch: dict, size: str) -> None:
+    """Forward and backward, one layer, float32 and bfloat16: gathered beside the dense mask and the baseline."""
+    joint, pieces = joint_fields(batch), PieceVisibility(batch["document"])
+    rows, length = joint.document.shape
+    n = batch["tokens"].shape[1]
+    order = np.stack([order_of(joint.at(b), length - n) for b in range(rows)])
+    start = time.process_time()
+    gathered = GatheredVisibility(dense_mask(rule, joint, length - n), order)
+    plan = 1e3 * (time.process_time() - start)
+    pairs = sum(bias.numel() for bias in gathered.bias) / (rows * length**2)
+    for dtype in (torch.float32, torch.bfloat16):
+        dense, times = Visibility(dense_mask(rule, joint, length - n), dtype), {}
+        for name, visibility, tokens in (
+            ("causal", pieces, n),
+            ("dense", dense, length),
+            ("gathered", gathered, length),
+        ):
+            qkv = [x.to(dtype).detach().requires_grad_() for x in random_qkv(rows, tokens, size, CPU, True)]
+            call = forward_backward(lambda q, k, v, x=visibility: attend(q, k, v, x), qkv, True)
+            times[name] = measure(call, CPU)[0]
+        print(
+            f"    forward and backward, {str(dtype)[6:]}: gathered {times['gathered']:.0f} ms "
+            f"({pairs:.2f} of all pairs, plan {plan:.0f} ms); speed {times['dense'] / times['gathered']:.2f} of dense, "
+            f"{times['causal'] / times['gathered']:.2f} of fused causal"
+        )
+
+
 def one_case(batch: dict, rows: list, device: torch.device, size: str, block_sizes: list[tuple[int, int]]) -> None:
     train = device.type == "cuda"
     rule, n = AttentionRule(ModelConfig(size="small")), batch["tokens"].shape[1]
@@ -133,6 +162,7 @@ def one_case(batch: dict, rows: list, device: torch.device, size: str, block_siz
 
     if not train:
         dense_beside_direct(rule, joint, qkv, m, device)
+        gathered_beside_dense(rule, batch, size)
     qkv, base = random_qkv(len(rows), length, size, device, train), sum(map(baseline_blocks, rows))
     for block_size in block_sizes:
         build, _ = measure(lambda b=block_size: BlockVisibility(rule, joint, m, device, b), device)
@@ -161,7 +191,7 @@ def main() -> None:
     block_sizes = [tuple(map(int, s.split("x"))) for s in arguments.block_size or ("64x64", "128x64", "128x128")]
     lengths = list(map(int, arguments.lengths.split(","))) if on_gpu else [arguments.cpu_tokens]
     about = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
-    work = "forward and backward, bf16" if on_gpu else "forward only, float32: a reduced form"
+    work = "forward and backward, bf16" if on_gpu else "a reduced form: flex forward only"
     print(f"{about}; torch {torch.__version__}; {arguments.model_size} heads; {work}")
     for length in lengths:
         for single in (True, False):
