@@ -7,7 +7,11 @@ from meloformer.errors import exit_cleanly
 
 def main() -> None:
     config = load(PreprocessConfig, description=__doc__)
-    # Imported here: numpy and symusic take a moment, and --help or a mistyped flag should answer at once.
+    # Imported here: numpy and symusic take a moment, and --help or a mistyped flag should answer at once. What the
+    # workers need is imported in a process of its own meanwhile.
+    from meloformer.data.pool import begin_imports
+
+    begin_imports("meloformer.data.encoder", "meloformer.command_line")
     from meloformer.data.preprocess import preprocess
 
     preprocess(config)
