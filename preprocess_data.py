@@ -1,4 +1,8 @@
-"""Turn MIDI files into shards of tokens: python preprocess_data.py --input midi --output processed"""
+"""Turn MIDI files into shards of tokens.
+
+Killed and started again, it goes on; rejected.jsonl says what was left out and why, the last line what to run next.
+For example: python preprocess_data.py --input midi --output processed
+"""
 
 from meloformer.command_line import load
 from meloformer.config import PreprocessConfig

@@ -36,6 +36,7 @@ except ImportError:  # Windows
 
 BATCH = 8  # tasks handed out at once; a worker has up to two batches, so that it never waits for the parent
 WINDOW = 64  # tasks a worker by which the fastest may run ahead of the slowest
+STARTS = 3  # what kills a worker, such as a system short of memory, may kill the next as it starts
 OUT_OF_MEMORY = 77  # exit status of a worker
 TIMEOUT, MEMORY, CRASHED = "timeout", "memory", "crashed"
 
@@ -61,7 +62,8 @@ def begin_imports(*modules: str) -> None:
     if _context(modules).get_start_method() == "forkserver":
         from multiprocessing.forkserver import ensure_running
 
-        ensure_running()
+        with suppress(OSError):  # nowhere to write, as on a full disk: the pool will say so
+            ensure_running()
 
 
 def _limit_memory(megabytes: int) -> None:
@@ -206,13 +208,22 @@ class Pool:
         """Another in the place of one that has ended."""
         self._selector.unregister(worker.connection)
         worker.end()
-        replacement = self._workers[self._workers.index(worker)] = self._start()
-        replacement.await_start()
+        replacement = self._workers[self._workers.index(worker)] = self._started()
         self._selector.register(replacement.connection, EVENT_READ, replacement)
 
+    def _started(self) -> _Worker:
+        for attempt in range(1, STARTS + 1):
+            worker = self._start()
+            try:
+                worker.await_start()
+                break
+            except UserError:
+                if worker.process.exitcode >= 0 or attempt == STARTS:  # it ended by itself, and would again
+                    raise
+        return worker
+
     def _alone(self, task: Any) -> Any:
-        worker = self._start()
-        worker.await_start()
+        worker = self._started()
         worker.give([(0, task)])
         answer = worker.receive()
         status = worker.end()

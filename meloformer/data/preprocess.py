@@ -15,6 +15,7 @@ count is written.
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import time
@@ -101,7 +102,7 @@ def _run(config: PreprocessConfig, source: Input, writer: CorpusWriter) -> None:
 
 def _results(config: PreprocessConfig, source: Input, first: int) -> Iterator[Encoded | Rejected]:
     """What became of each file from number `first` on."""
-    workers = min(config.workers, source.last - first)
+    workers = min(config.workers or _num_cores(), source.last - first)
     if not workers:
         return
     names: deque[str] = deque()  # of the files that are being read
@@ -115,6 +116,11 @@ def _results(config: PreprocessConfig, source: Input, first: int) -> Iterator[En
         for result in pool.map(tasks()):
             name = names.popleft()
             yield Rejected(name, *result) if isinstance(result, Failure) else result
+
+
+def _num_cores() -> int:
+    """Those that this process may use: a job of a cluster has its share of a machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _refuse_nothing(config: PreprocessConfig, source: Input, writer: CorpusWriter, existed: bool) -> None:
