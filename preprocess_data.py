@@ -1,4 +1,8 @@
-"""Turn MIDI files into shards of tokens: python preprocess_data.py --input midi --output processed"""
+"""Turn MIDI files into shards of tokens.
+
+Killed and started again, it goes on; rejected.jsonl says what was left out and why, the last line what to run next.
+For example: python preprocess_data.py --input midi --output processed
+"""
 
 from meloformer.command_line import load
 from meloformer.config import PreprocessConfig
@@ -7,7 +11,11 @@ from meloformer.errors import exit_cleanly
 
 def main() -> None:
     config = load(PreprocessConfig, description=__doc__)
-    # Imported here: numpy and symusic take a moment, and --help or a mistyped flag should answer at once.
+    # Imported here: numpy and symusic take a moment, and --help or a mistyped flag should answer at once. What the
+    # workers need is imported in a process of its own meanwhile.
+    from meloformer.data.pool import begin_imports
+
+    begin_imports("meloformer.data.encoder", "meloformer.command_line")
     from meloformer.data.preprocess import preprocess
 
     preprocess(config)

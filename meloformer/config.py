@@ -257,7 +257,9 @@ class PreprocessConfig(Settings):
 
     input: str = option(help="a folder of MIDI files, or a text file with one path a line")
     output: str = option(help="folder for the shards")
-    workers: int = option(1, "processes that read and encode; the output is the same for any number")
+    workers: int | None = option(
+        None, "processes that read and encode; the output is the same for any number", shown="one for each core"
+    )
     shard_size: int = option(10000, "pieces in a shard")
     limit: int | None = option(None, "read only this many files", shown="all")
     min_notes: int = option(16, "a piece with fewer notes is rejected")

@@ -31,7 +31,8 @@ METADATA_KEY = "meloformer"
 _NUMPY = {"U8": "<u1", "U16": "<u2", "U32": "<u4", "U64": "<u8", "I32": "<i4", "I64": "<i8", "F64": "<f8"}
 _SAFETENSORS = {np.dtype(numpy): name for name, numpy in _NUMPY.items()}
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
-_BUFFER = 1 << 16  # bytes of a column that wait in memory
+_BUFFER = 1 << 16  # bytes of a column that wait in memory,
+_SINGLE = 1 << 10  # and numbers that came one by one
 
 
 class DataError(UserError):
@@ -45,21 +46,37 @@ class ArrayWriter:
         self.path = Path(path)
         self.dtypes = dtypes
         self._lengths = dict.fromkeys(dtypes, 0)
+        self._single: dict[str, list] = {name: [] for name in dtypes}
         self._files = {}
         for name in dtypes:
             aside = self.path.with_name(f".{self.path.name}.{name}.tmp")
             self._files[name] = open(aside, "w+b", buffering=_BUFFER)  # noqa: SIM115 closed in close and discard
 
     def append(self, name: str, values: Iterable) -> None:
+        if self._single[name]:
+            self._write_single(name)
         values = np.ascontiguousarray(values, dtype=self.dtypes[name])
         self._files[name].write(values.data)
         self._lengths[name] += len(values)
+
+    def append_one(self, name: str, value: float) -> None:
+        """One number, a fifth of the time of an array of one."""
+        self._single[name].append(value)
+        self._lengths[name] += 1
+        if len(self._single[name]) == _SINGLE:
+            self._write_single(name)
+
+    def _write_single(self, name: str) -> None:
+        self._files[name].write(np.array(self._single[name], dtype=self.dtypes[name]).data)
+        self._single[name].clear()
 
     def length(self, name: str) -> int:
         return self._lengths[name]
 
     def close(self, metadata: dict) -> tuple[str, int]:
         """Write the file under its name; returns its sha256 and its size."""
+        for name in self.dtypes:
+            self._write_single(name)
         # Wide elements first, so that every array is aligned.
         names = sorted(self.dtypes, key=lambda name: -self.dtypes[name].itemsize)
         header: dict = {"__metadata__": {METADATA_KEY: _compact(metadata)}}

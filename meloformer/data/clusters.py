@@ -47,8 +47,8 @@ def bar_shingles(encoding: Encoding) -> np.ndarray:
     first = encoding.segment_first
     if not len(first):
         return np.zeros(0, dtype=np.uint64)
-    pitch = encoding.score.notes["pitch"].astype(np.int64)
-    num_notes = np.diff(first, append=len(pitch))
+    pitch = encoding.score.columns.pitch
+    num_notes = np.append(first[1:], len(pitch)) - first
     lowest = np.minimum.reduceat(pitch, first)
     highest = np.maximum.reduceat(pitch, first)
     notes = (encoding.onset_in_bar << 7) | (pitch - np.repeat(lowest, num_notes))
@@ -56,7 +56,15 @@ def bar_shingles(encoding: Encoding) -> np.ndarray:
         sums = np.add.reduceat(_mixed(int(notes.max()).bit_length())[notes], first)
     telling = (num_notes >= MIN_NOTES) & (highest > lowest)
     telling &= encoding.score.instruments[encoding.segment_track] != DRUMS
-    return np.unique(mix(sums[telling]))
+    return distinct(mix(sums[telling]))
+
+
+def distinct(values: np.ndarray) -> np.ndarray:
+    """np.unique, without what it imports and looks into for other kinds of arrays."""
+    values = np.sort(values)
+    first = np.ones(len(values), dtype=bool)
+    np.not_equal(values[1:], values[:-1], out=first[1:])
+    return values[first]
 
 
 @cache
@@ -70,12 +78,11 @@ def cluster(contents: np.ndarray, shingles: Iterable[np.ndarray], work: Path, ro
 
     Of pieces with the same content one has to give its shingles, the others may be empty. `work` is an empty folder.
     """
-    distinct = np.unique(contents)
+    names = distinct(contents)
     # Pieces are numbered by their content hash, so the order in which they come does not matter.
-    groups = _linked(
-        _numbered(np.searchsorted(distinct, contents).astype(np.int32), shingles), len(distinct), work, rows
-    )
-    return distinct[groups][np.searchsorted(distinct, contents)]
+    numbers = np.searchsorted(names, contents)
+    groups = _linked(_numbered(numbers.astype(np.int32), shingles), len(names), work, rows)
+    return names[groups][numbers]
 
 
 def _numbered(numbers: np.ndarray, shingles: Iterable[np.ndarray]) -> Iterator[np.ndarray]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from meloformer.config import PreprocessConfig
 from meloformer.data.clusters import bar_shingles
-from meloformer.data.shards import MAX_BARS, MAX_TRACKS, Piece, content_hash
+from meloformer.data.shards import MAX_BARS, MAX_TRACKS, SHARD_DTYPES, Piece, content_hash
 from meloformer.data.sources import Source
 from meloformer.hid import Tokenizer, Vocabulary
 from meloformer.midi import MidiError, read_score
@@ -78,16 +78,16 @@ class Encoder:
         ):
             if bad:
                 return Rejected(name, reason, detail)
+        segments = {
+            "segment_offset": encoding.segment_start,
+            "segment_bar": encoding.segment_bar,
+            "segment_track": encoding.segment_track,
+            "segment_instrument": instruments[encoding.segment_track],
+        }
+        # in the shard's own types here already: less to hand over, and less for the writer to do
+        segments = {column: values.astype(SHARD_DTYPES[column]) for column, values in segments.items()}
         return Encoded(
-            Piece(
-                name,
-                tokens,
-                encoding.segment_start,
-                encoding.segment_bar,
-                encoding.segment_track,
-                instruments[encoding.segment_track],
-                grid.counts,
-            ),
+            Piece(name, tokens, **segments, changes=grid.counts),
             num_bars,
             num_notes,
             encoding.num_track_bars,

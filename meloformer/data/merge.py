@@ -6,16 +6,17 @@ by the stored content hashes, near-duplicates by the bar shingles in each part's
 
 >>> merge([Path("part1"), Path("part2")], Path("processed"))       # doctest: +SKIP
 
-The surprise: a piece that one part kept may be a duplicate in the whole, and then it gets its line in rejected.jsonl
-between the lines of its own part, so the shards are cut anew.
+A merge that was killed goes on from its last finished shard, as preprocessing does. The surprise: a piece that one
+part kept may be a duplicate in the whole, and then it gets its line in rejected.jsonl between the lines of its own
+part, so the shards are cut anew.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from meloformer.command_line import Parser
 from meloformer.data.arrays import DataError, MappedArrays
 from meloformer.data.corpus import REJECTED, Corpus
 from meloformer.data.encoder import Encoded, Rejected
-from meloformer.data.journal import JOURNAL, entry_path
+from meloformer.data.journal import entry_path
 from meloformer.data.preprocess import is_complete, summary, writing
 from meloformer.data.shards import Piece
 from meloformer.data.writer import CorpusWriter
@@ -42,20 +43,18 @@ def merge(folders: list[Path], output: Path) -> None:
     settings = {**meta["settings"], "part": None}
     if is_complete(output, settings, meta["input"]):
         raise UserError(f"{output}: holds this corpus already; give another --output")
-    with writing(output):
-        if (output / JOURNAL).exists():
-            shutil.rmtree(output / JOURNAL)  # an earlier merge was killed; a copy is soon begun again
-        with CorpusWriter(output, settings, meta["input"]) as writer:
-            files = sum(part.meta["totals"]["files"] for part in parts)
-            with tqdm(total=files, unit="file", smoothing=0, file=sys.stderr) as bar:
-                for number, result in enumerate(result for part in parts for result in _results(part)):
-                    writer.add(number, result)
-                    bar.update()
-            if writer.state.next_source != meta["input"]["files"] or not writer.state.totals["pieces"]:
-                pieces, wanted = writer.state.totals["pieces"], meta["input"]["files"]
-                writer.remove()
-                raise UserError(f"the parts hold {pieces} pieces and {files} of {wanted} files; {REMEDY}")
-            print(summary(writer.finish(), output))
+    with writing(output), CorpusWriter(output, settings, meta["input"]) as writer:
+        files, first = sum(part.meta["totals"]["files"] for part in parts), writer.state.next_source
+        results = islice((result for part in parts for result in _results(part)), first, None)
+        with tqdm(total=files, initial=first, unit="file", smoothing=0, file=sys.stderr) as bar:
+            for number, result in enumerate(results, first):
+                writer.add(number, result)
+                bar.update()
+        if writer.state.next_source != meta["input"]["files"] or not writer.state.totals["pieces"]:
+            pieces, wanted = writer.state.totals["pieces"], meta["input"]["files"]
+            writer.remove()
+            raise UserError(f"the parts hold {pieces} pieces and {files} of {wanted} files; {REMEDY}")
+        print(summary(writer.finish(), output))
 
 
 def _in_order(folders: list[Path]) -> list[Corpus]:

@@ -19,11 +19,12 @@ import multiprocessing
 import os
 import signal
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from pathlib import Path
+from selectors import EVENT_READ, DefaultSelector
 from typing import Any, NamedTuple
 
 from meloformer.errors import UserError
@@ -35,6 +36,7 @@ except ImportError:  # Windows
 
 BATCH = 8  # tasks handed out at once; a worker has up to two batches, so that it never waits for the parent
 WINDOW = 64  # tasks a worker by which the fastest may run ahead of the slowest
+STARTS = 3  # what kills a worker, such as a system short of memory, may kill the next as it starts
 OUT_OF_MEMORY = 77  # exit status of a worker
 TIMEOUT, MEMORY, CRASHED = "timeout", "memory", "crashed"
 
@@ -44,6 +46,24 @@ class Failure(NamedTuple):
 
     reason: str
     detail: str
+
+
+def _context(modules: Sequence[str]):
+    """How processes are started. Where the system can, by a fork server that has imported the modules once for all."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(modules))
+    return context
+
+
+def begin_imports(*modules: str) -> None:
+    """Start the fork server of the pools to come: it imports the modules while this process does other things."""
+    if _context(modules).get_start_method() == "forkserver":
+        from multiprocessing.forkserver import ensure_running
+
+        with suppress(OSError):  # nowhere to write, as on a full disk: the pool will say so
+            ensure_running()
 
 
 def _limit_memory(megabytes: int) -> None:
@@ -127,16 +147,14 @@ class Pool:
     """See the module's docstring. timeout in seconds and memory in megabytes, both for one task."""
 
     def __init__(self, factory: Callable, argument: Any, workers: int, timeout: float, memory: int):
-        if "forkserver" in multiprocessing.get_all_start_methods():
-            self._context = multiprocessing.get_context("forkserver")
-            self._context.set_forkserver_preload([factory.__module__])  # imported once, shared by all
-        else:
-            self._context = multiprocessing.get_context("spawn")
+        self._context = _context([factory.__module__])
         self._arguments = (factory, argument, timeout, memory)
         self._timeout, self._memory = timeout, memory
         self._workers = [self._start() for _ in range(workers)]
+        self._selector = DefaultSelector()  # kept: to register every worker for every answer takes longer than to wait
         for worker in self._workers:
             worker.await_start()
+            self._selector.register(worker.connection, EVENT_READ, worker)
 
     def __enter__(self) -> Pool:
         return self
@@ -145,6 +163,7 @@ class Pool:
         for worker in self._workers:
             worker.process.kill()  # whatever it does now is not wanted
             worker.end()
+        self._selector.close()
 
     def _start(self) -> _Worker:
         return _Worker(self._context, self._arguments)
@@ -165,30 +184,46 @@ class Pool:
                         break
                     given = max(given, batch[-1][0] + 1)
                     worker.give(batch)
-            busy = {worker.connection: worker for worker in self._workers if worker.waiting}
+            busy = any(worker.waiting for worker in self._workers)
             if not busy and not suspects:
                 return
             if not busy:
                 number, task = suspects.popleft()
                 done[number] = self._alone(task)
-            for connection in wait(list(busy)) if busy else ():
-                worker = busy[connection]
+            for event, _ in self._selector.select() if busy else ():
+                worker: _Worker = event.data
                 answer = worker.receive()
                 if answer is not None:
                     done[answer[0]] = answer[1]
                     continue
-                worker.end()
-                suspects.append(worker.waiting.popleft())
-                again.extend(worker.waiting)
-                replacement = self._workers[self._workers.index(worker)] = self._start()
-                replacement.await_start()
+                if worker.waiting:
+                    suspects.append(worker.waiting.popleft())
+                    again.extend(worker.waiting)
+                self._replace(worker)
             while first in done:
                 yield done.pop(first)
                 first += 1
 
+    def _replace(self, worker: _Worker) -> None:
+        """Another in the place of one that has ended."""
+        self._selector.unregister(worker.connection)
+        worker.end()
+        replacement = self._workers[self._workers.index(worker)] = self._started()
+        self._selector.register(replacement.connection, EVENT_READ, replacement)
+
+    def _started(self) -> _Worker:
+        for attempt in range(1, STARTS + 1):
+            worker = self._start()
+            try:
+                worker.await_start()
+                break
+            except UserError:
+                if worker.process.exitcode >= 0 or attempt == STARTS:  # it ended by itself, and would again
+                    raise
+        return worker
+
     def _alone(self, task: Any) -> Any:
-        worker = self._start()
-        worker.await_start()
+        worker = self._started()
         worker.give([(0, task)])
         answer = worker.receive()
         status = worker.end()

@@ -15,9 +15,11 @@ count is written.
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +31,7 @@ from meloformer.data.corpus import META, REJECTED, Corpus, read_meta
 from meloformer.data.encoder import Encoded, Encoder, Rejected
 from meloformer.data.journal import JOURNAL, refuse_another
 from meloformer.data.pool import Failure, Pool
-from meloformer.data.sources import Input
+from meloformer.data.sources import Input, Source
 from meloformer.data.writer import CorpusWriter, settings_of
 from meloformer.errors import UserError
 
@@ -100,12 +102,25 @@ def _run(config: PreprocessConfig, source: Input, writer: CorpusWriter) -> None:
 
 def _results(config: PreprocessConfig, source: Input, first: int) -> Iterator[Encoded | Rejected]:
     """What became of each file from number `first` on."""
-    workers = min(config.workers, source.last - first)
+    workers = min(config.workers or _num_cores(), source.last - first)
     if not workers:
         return
+    names: deque[str] = deque()  # of the files that are being read
+
+    def tasks() -> Iterator[Source]:
+        for task in source.after(first):
+            names.append(task.name)
+            yield task
+
     with Pool(Encoder, config, workers, config.file_timeout, config.file_memory) as pool:
-        for task, result in zip(source.after(first), pool.map(source.after(first))):
-            yield Rejected(task.name, *result) if isinstance(result, Failure) else result
+        for result in pool.map(tasks()):
+            name = names.popleft()
+            yield Rejected(name, *result) if isinstance(result, Failure) else result
+
+
+def _num_cores() -> int:
+    """Those that this process may use: a job of a cluster has its share of a machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _refuse_nothing(config: PreprocessConfig, source: Input, writer: CorpusWriter, existed: bool) -> None:

@@ -102,14 +102,14 @@ class ShardWriter:
             ("segment_offsets", "segment_bar"),
             ("change_offsets", "change_rule"),
         ):
-            self._arrays.append(offsets, [self._arrays.length(column)])
+            self._arrays.append_one(offsets, self._arrays.length(column))
 
     def add(self, piece: Piece) -> None:
         for name in ("tokens", "segment_offset", "segment_bar", "segment_track", "segment_instrument"):
             self._arrays.append(name, getattr(piece, name))
-        rules = sorted(piece.changes)
-        self._arrays.append("change_rule", [self._rules.setdefault(rule, len(self._rules)) for rule in rules])
-        self._arrays.append("change_count", [piece.changes[rule] for rule in rules])
+        for rule in sorted(piece.changes):
+            self._arrays.append_one("change_rule", self._rules.setdefault(rule, len(self._rules)))
+            self._arrays.append_one("change_count", piece.changes[rule])
         self._append_ends()
         self._names.append(piece.name)
 

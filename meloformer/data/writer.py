@@ -20,7 +20,7 @@ import numpy as np
 
 from meloformer.config import PreprocessConfig
 from meloformer.data.arrays import FORMAT_VERSION, ArrayWriter
-from meloformer.data.clusters import cluster
+from meloformer.data.clusters import cluster, distinct
 from meloformer.data.corpus import INDEX, INDEX_DTYPES, META, REJECTED, data_hash
 from meloformer.data.encoder import Encoded, Rejected
 from meloformer.data.journal import Journal
@@ -160,10 +160,10 @@ class CorpusWriter:
             "name_end": state.names_bytes,
         }
         for column, value in row.items():
-            self._entry.append(column, [value])
+            self._entry.append_one(column, value)
         if with_shingles:
             self._entry.append("shingles", result.shingles)
-        self._entry.append("shingle_offsets", [self._entry.length("shingles")])
+        self._entry.append_one("shingle_offsets", self._entry.length("shingles"))
         state.totals["pieces"] += 1
         for column, value in counts.items():
             state.totals[column.removeprefix("num_")] += value
@@ -235,7 +235,7 @@ class CorpusWriter:
                     writer.append(name, entry.arrays[name])
         writer.append("cluster", clusters)
         self.journal.work().rmdir()
-        return writer.close({"format": FORMAT_VERSION})[0], len(np.unique(clusters))
+        return writer.close({"format": FORMAT_VERSION})[0], len(distinct(clusters))
 
     def _shingles(self) -> Iterator[np.ndarray]:
         for entry in self.journal.entries():

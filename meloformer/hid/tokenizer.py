@@ -41,6 +41,7 @@ from meloformer.midi.score import (
     MidiError,
     Score,
     Track,
+    bar_of,
 )
 
 BASS_PROGRAMS = range(32, 40)
@@ -53,12 +54,11 @@ def canonical_order(score: Score) -> np.ndarray:
 
     Bass is a bass program or a mean pitch below 45; chordal is a mean polyphony of at least 1.5 while sounding.
     """
-    bounds = track_bounds(score)
-    sizes = np.diff(bounds)
-    polyphony = mean_polyphony(score.notes, bounds)
-    # reduceat gives an empty track the first note of the next; the table may end before the last track
-    pitches = np.append(score.notes["pitch"].astype(np.int64), 0)
-    pitch_sums = np.add.reduceat(pitches, bounds[:-1]) if len(sizes) else sizes
+    notes, bounds = score.columns, track_bounds(score)
+    sizes = bounds[1:] - bounds[:-1]
+    polyphony = _polyphony(notes.onset, notes.duration, bounds).tolist()
+    pitch_sums = _sums(notes.pitch, bounds).tolist() if len(sizes) else []
+    sizes = sizes.tolist()
     keys = []
     for i, track in enumerate(score.tracks):
         if track.is_drum:
@@ -73,7 +73,7 @@ def canonical_order(score: Score) -> np.ndarray:
 
 def track_bounds(score: Score) -> np.ndarray:
     """(tracks + 1,) where each track's notes begin in the note table, and the end."""
-    return np.searchsorted(np.ascontiguousarray(score.notes["track"]), np.arange(len(score.tracks) + 1))
+    return np.searchsorted(score.columns.track, np.arange(len(score.tracks) + 1))
 
 
 def mean_polyphony(notes: np.ndarray, bounds: np.ndarray) -> np.ndarray:
@@ -81,25 +81,38 @@ def mean_polyphony(notes: np.ndarray, bounds: np.ndarray) -> np.ndarray:
 
     Expects notes sorted by track and onset; `bounds` are `track_bounds`.
     """
-    sizes = np.diff(bounds)
-    onset, duration = notes["onset"].astype(np.int64), notes["duration"].astype(np.int64)
+    return _polyphony(notes["onset"].astype(np.int64), notes["duration"].astype(np.int64), bounds)
+
+
+def _polyphony(onset: np.ndarray, duration: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    sizes = bounds[1:] - bounds[:-1]
+    if not len(onset):
+        return np.zeros(len(sizes))
     # Tracks are laid end to end in time, so that no note of one reaches into the next.
-    onset += np.repeat(np.arange(len(sizes)), sizes) * int((onset + duration).max(initial=0))
+    onset = onset + np.repeat(np.arange(len(sizes)) * int((onset + duration).max()), sizes)
     end = onset + duration
-    reached = np.concatenate((onset[:1], np.maximum.accumulate(end)[:-1]))
+    reached = np.empty_like(end)  # up to where something sounds before each note
+    reached[0] = 0
+    np.maximum.accumulate(end[:-1], out=reached[1:])
     covered = np.maximum(end - np.maximum(onset, reached), 0)
-    covered, sounded = (np.diff(np.concatenate(([0], np.cumsum(x)))[bounds]) for x in (covered, duration))
+    covered, sounded = _sums(covered, bounds), _sums(duration, bounds)
     return np.divide(sounded, covered, out=np.zeros(len(sizes)), where=sizes > 0)
+
+
+def _sums(column: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """(tracks,) sum of each track's part of a column; that of a track without notes means nothing."""
+    # reduceat gives an empty track the first note of the next; the table may end before the last track
+    return np.add.reduceat(column if bounds[-2] < len(column) else np.append(column, 0), bounds[:-1])
 
 
 def reorder_tracks(score: Score, order: np.ndarray) -> Score:
     """The same score with tracks[order]."""
     bounds = track_bounds(score)
-    starts, sizes = bounds[:-1][order], np.diff(bounds)[order]
-    ends = np.cumsum(sizes)
-    notes = score.notes[np.arange(len(score.notes)) + np.repeat(starts - ends + sizes, sizes)]
-    notes["track"] = np.repeat(np.arange(len(order)), sizes)
-    rank = {old: new for new, old in enumerate(order.tolist())}
+    starts, sizes = bounds[:-1][order], (bounds[1:] - bounds[:-1])[order]
+    rows = np.arange(score.num_notes) + np.repeat(starts - sizes.cumsum() + sizes, sizes)
+    notes = score.columns.take(rows)._replace(track=np.repeat(np.arange(len(order)), sizes))
+    order = order.tolist()
+    rank = {old: new for new, old in enumerate(order)}
     controls = [c._replace(track=rank[c.track]) if c.track >= 0 else c for c in score.controls]
     return replace(score, tracks=[score.tracks[i] for i in order], notes=notes, controls=sorted(controls))
 
@@ -166,61 +179,66 @@ class Tokenizer:
         lines = score.bar_lines()
         v = self.vocabulary
         head = np.concatenate([[v.BOS, v.CONDUCTOR], self._conductor(score, lines)])
-        encoding = self._tracks(score, lines, len(head))
-        tokens = np.concatenate([head, encoding.tokens, [v.EOS]]).astype(np.uint16)
+        encoding = self._tracks(score, lines, head)
         if score.controls:
-            tokens = self._insert_controls(tokens, score.controls)
-        return encoding._replace(tokens=tokens)
+            return encoding._replace(tokens=self._insert_controls(encoding.tokens, score.controls))
+        return encoding
 
     def _conductor(self, score: Score, lines: np.ndarray) -> np.ndarray:
         """BAR, then the meter and the tempo that begin there."""
         v = self.vocabulary
-        slots = np.full((score.num_bars, 3), -1, dtype=np.int64)
-        slots[:, 0] = v.BAR
-        for column, table, tokens in (
-            (1, score.meters, [v.meter(int(m["numerator"]), int(m["denominator"])) for m in score.meters]),
-            (2, score.tempos, score.tempos["qpm"].astype(np.int64) - MIN_BPM + v.start(Family.TEMPO)),
-        ):
+        meters = [v.meter(above, below) for _, above, below in score.meters.tolist()]
+        tempos = [v.tempo(int(qpm)) for _, qpm in score.tempos.tolist()]
+        begins = []
+        for table, tokens in ((score.meters, meters), (score.tempos, tempos)):
             bars = np.searchsorted(lines, table["tick"])
-            if len(table) and (bars[-1] >= score.num_bars or not np.array_equal(lines[bars], table["tick"])):
+            if len(table) and (bars[-1] >= score.num_bars or not (lines[bars] == table["tick"]).all()):
                 raise MidiError("a quantized score has a meter or tempo that is not at a bar line of the piece")
-            slots[bars, column] = tokens
-        return slots[slots >= 0]
+            begins.append(dict(zip(bars.tolist(), tokens)))
+        written: list[int] = []
+        at = 0
+        for bar in sorted(begins[0].keys() | begins[1].keys()):
+            written += [v.BAR] * (bar + 1 - at)
+            written += [tokens[bar] for tokens in begins if bar in tokens]
+            at = bar + 1
+        return np.array(written + [v.BAR] * (score.num_bars - at), dtype=np.int64)
 
-    def _tracks(self, score: Score, lines: np.ndarray, position: int) -> Encoding:
-        """All tracks in the score's order, without a Python loop over notes; they begin at a position of the stream."""
-        v, notes = self.vocabulary, score.notes
-        if not len(notes):
+    def _tracks(self, score: Score, lines: np.ndarray, head: np.ndarray) -> Encoding:
+        """The stream that begins with `head`, all tracks in the score's order, without a Python loop over notes."""
+        v, notes = self.vocabulary, score.columns
+        track, onset = notes.track, notes.onset
+        if not len(onset):
             none = np.empty(0, dtype=np.int64)
-            return Encoding(none, score, none, none, none, 0, none, none)
-        track, onset = notes["track"].astype(np.int64), notes["onset"].astype(np.int64)
+            return Encoding(np.append(head, v.EOS).astype(np.uint16), score, none, none, none, 0, none, none)
         if onset[0] < 0 or onset.max() >= lines[-1]:
             raise MidiError("a quantized score has a note outside its bars")
-        bar_at = np.zeros(int(lines[-1]) + 1, dtype=np.int64) if lines[-1] < 8 * len(notes) else None
-        if bar_at is None:
-            bar = np.searchsorted(lines, onset, side="right") - 1
-        else:  # a table of ticks is faster for a piece of usual density
-            bar_at[lines[1:]] = 1
-            bar = np.cumsum(bar_at)[onset]
-        first = _differs_from_previous(track)
-        new_bars = np.diff(bar, prepend=-1)
-        new_bars[first] = bar[first] + 1
-        new_onset = first | _differs_from_previous(onset)
-        end = np.cumsum(first + new_bars + new_onset + 3)
-        tokens = np.full(end[-1], v.BAR, dtype=np.int64)
-        first = np.flatnonzero(first)
-        start = np.where(first > 0, end[first - 1], 0)
-        tokens[start] = v.start(Family.INSTRUMENT) + score.instruments[track[first]]
+        bar = bar_of(onset, score.meters, score.ticks_per_quarter)
         onset_in_bar = onset - lines[bar]
-        tokens[end[new_onset] - 4] = v.start(Family.TIME) + onset_in_bar[new_onset]
-        tokens[end - 3] = v.start(Family.PITCH) + notes["pitch"].astype(np.int64)
-        tokens[end - 2] = v.start(Family.DURATION) + self._duration_index[notes["duration"]]
-        tokens[end - 1] = v.start(Family.VELOCITY) + notes["velocity"].astype(np.int64) // VELOCITY_BIN
-        opens = np.flatnonzero(new_bars)
+        first = _differs_from_previous(track)
+        new_bars = np.empty(len(bar), dtype=np.int64)
+        new_bars[0] = bar[0]
+        np.subtract(bar[1:], bar[:-1], out=new_bars[1:])
+        new_onset = _differs_from_previous(onset) | first
+        first = first.nonzero()[0]
+        new_bars[first] = bar[first] + 1
+        # A note is P L V; before it may stand INSTRUMENT, BARs and T.
+        size = new_bars + new_onset + 3
+        size[first] += 1
+        end = size.cumsum()
+        end += len(head)
+        tokens = np.full(end[-1] + 1, v.BAR, dtype=np.uint16)
+        tokens[: len(head)] = head
+        tokens[-1] = v.EOS
+        tokens[end[first] - size[first]] = v.start(Family.INSTRUMENT) + score.instruments[track[first]]
+        tokens[end[new_onset] - 4] = onset_in_bar[new_onset] + v.start(Family.TIME)
+        tokens[end - 3] = notes.pitch + v.start(Family.PITCH)
+        tokens[end - 2] = self._duration_tokens[notes.duration]
+        tokens[end - 1] = notes.velocity // VELOCITY_BIN + v.start(Family.VELOCITY)
+        opens = new_bars.nonzero()[0]
         return Encoding(
             tokens=tokens,
             score=score,
-            segment_start=position + end[opens] - 5,  # BAR, T, P, L, V
+            segment_start=end[opens] - 5,  # BAR, T, P, L, V
             segment_bar=bar[opens],
             segment_track=track[opens],
             num_track_bars=int(new_bars.sum()),
@@ -229,10 +247,11 @@ class Tokenizer:
         )
 
     @cached_property
-    def _duration_index(self) -> np.ndarray:
-        """Index of the first representable duration from each number of ticks on."""
+    def _duration_tokens(self) -> np.ndarray:
+        """Token of the first representable duration from each number of ticks on."""
         durations = self.vocabulary.durations
-        return np.searchsorted(durations, np.arange(durations[-1] + 1))
+        index = np.searchsorted(durations, np.arange(durations[-1] + 1))
+        return (index + self.vocabulary.start(Family.DURATION)).astype(np.uint16)
 
     def _insert_controls(self, tokens: np.ndarray, controls: list[Control]) -> np.ndarray:
         """Each control behind the token it belongs to; chords, with their T, at the end of their conductor bar."""

@@ -100,7 +100,11 @@ def split(path: str | Path) -> Chunks:
         at = at + 8 + size if fits else next_track if next_track >= 0 else len(data)
     if not tracks:
         raise MidiError(f"{path}: a header and no tracks (it states {stated_tracks}); fetch the file again")
-    counts = +Counter(skipped_chunks=skipped, leftover_tracks=data.count(b"MTrk", at))
+    counts = Counter()
+    if skipped:
+        counts["skipped_chunks"] = skipped
+    if leftover := data.count(b"MTrk", at):
+        counts["leftover_tracks"] = leftover
     return Chunks(kind if len(tracks) == 1 else 1, division, tracks, counts)
 
 
@@ -127,11 +131,14 @@ def shared_programs(tracks: list[bytes]) -> dict[int, int]:
     A track's own program changes come after and win. Only what stands before a track's first note counts: later
     changes are followed inside their own track alone. Empty for a single track, and where all are pianos.
     """
-    stated = sorted((event for track in tracks for event in _opening_programs(track)), key=lambda event: event[0])
+    if len(tracks) < 2:
+        return {}
+    stated = [event for track in tracks for event in _opening_programs(track)]
+    stated.sort(key=lambda event: event[0])
     programs: dict[int, int] = {}
     for _, channel, program in stated:
         programs.setdefault(channel, program)
-    return programs if len(tracks) > 1 and any(programs.values()) else {}
+    return programs if any(programs.values()) else {}
 
 
 def _opening_programs(track: bytes) -> list[tuple[int, int, int]]:

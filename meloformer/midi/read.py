@@ -46,13 +46,11 @@ from meloformer.midi.score import (
     DEFAULT_METER,
     DEFAULT_QPM,
     METER_DTYPE,
-    NOTE_DTYPE,
     TEMPO_DTYPE,
     MidiError,
+    NoteColumns,
     Score,
     Track,
-    note_order,
-    note_table,
 )
 
 try:
@@ -121,35 +119,28 @@ def _with_symusic(path: str | Path, data: bytes, counts: Counter) -> Score:
         reason = str(error).split("\n")[0].removeprefix("MiniMidi: ").removesuffix(": iostream error")
         raise MidiError(f"{path}: damaged MIDI ({reason}); {RESAVE}") from None
 
-    tracks, sizes = [], []
-    sounding = []
+    tracks, sizes, sounding = [], [], []
+    bends = controls = pedals = 0
     for track in parsed.tracks:
-        counts["pitch_bends"] += len(track.pitch_bends)
-        counts["control_changes"] += len(track.controls)
-        counts["pedals"] += len(track.pedals)
-        if len(track.notes):
-            sounding.append(track.notes.numpy())
-            sizes.append(len(track.notes))
-            tracks.append(Track(int(track.program), bool(track.is_drum), track.name))
-    columns = {name: np.concatenate([part[name] for part in sounding]) for name in _COLUMNS} if tracks else {}
-    notes = _notes(np.repeat(np.arange(len(tracks)), sizes), **columns)
+        bends += len(track.pitch_bends)
+        controls += len(track.controls)
+        pedals += len(track.pedals)
+        notes = track.notes
+        if len(notes):
+            sounding.append(notes.numpy())
+            sizes.append(len(notes))
+            tracks.append(Track(track.program, track.is_drum, track.name))
+    counts.update(pitch_bends=bends, control_changes=controls, pedals=pedals)
+    columns = [_joined([part[name] for part in sounding]) for name in ("time", "duration", "pitch", "velocity")]
+    notes = NoteColumns(np.repeat(np.arange(len(tracks)), sizes), *columns)
     meters, tempos = parsed.time_signatures.numpy(), parsed.tempos.numpy()
     if _order_was_lost(meters) or _order_was_lost(tempos):
         meters, tempos = _meta_events(data)
     return _finish(path, parsed.ticks_per_quarter, tracks, notes, meters, tempos, counts)
 
 
-_COLUMNS = ("time", "duration", "pitch", "velocity")  # as symusic names them
-_NONE = np.zeros(0, dtype=np.int64)
-
-
-def _notes(track: np.ndarray, time=_NONE, duration=_NONE, pitch=_NONE, velocity=_NONE) -> np.ndarray:
-    """The columns as a sorted note table; sorted before they become rows, for rows are slow to move."""
-    order = note_order(track, time, pitch, duration)
-    notes = np.empty(len(track), dtype=NOTE_DTYPE)
-    for name, column in zip(NOTE_DTYPE.names, (track, time, duration, pitch, velocity)):
-        notes[name] = column if order is None else column[order]
-    return notes
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(parts, dtype=np.int64) if parts else np.zeros(0, dtype=np.int64)
 
 
 def _order_was_lost(events: dict[str, np.ndarray]) -> bool:
@@ -234,14 +225,13 @@ def _meta_events_of_mido(parsed) -> tuple[dict[str, np.ndarray], dict[str, np.nd
 def _with_miditoolkit(path: str | Path, data: bytes, counts: Counter) -> Score:
     counts = counts.copy()
     parsed = _parse_with_mido(path, data, counts)
-    tracks, tables = [], []
+    tracks, rows = [], []
     for track in parsed.tracks:
         parts = _notes_by_part(track, counts)
         for channel, program in sorted(parts):
-            rows = parts[channel, program]
-            tables.append(np.array([(len(tracks), *row) for row in rows], dtype=NOTE_DTYPE))
+            rows += [(len(tracks), *row) for row in parts[channel, program]]
             tracks.append(Track(program, channel == 9, _name(track)))
-    notes = note_table(np.concatenate(tables) if tables else ())
+    notes = NoteColumns(*np.array(rows, dtype=np.int64).reshape(-1, 5).T)
     return _finish(path, parsed.ticks_per_beat, tracks, notes, *_meta_events_of_mido(parsed), counts)
 
 
@@ -285,18 +275,18 @@ def _name(track) -> str:
 # --- what both share ----------------------------------------------------------------------------------------
 
 
-def _finish(path, ticks_per_quarter, tracks, notes, meters, tempos, counts) -> Score:
-    duration = np.ascontiguousarray(notes["duration"])
-    for times in (notes["onset"], notes["onset"] + duration, meters["time"], tempos["time"]):
-        if len(times) and not 0 <= int(times.min()) <= int(times.max()) <= MAX_TICK:
+def _finish(path, ticks_per_quarter, tracks, notes: NoteColumns, meters, tempos, counts) -> Score:
+    for times in (notes.onset, notes.onset + notes.duration, meters["time"], tempos["time"]):
+        # as unsigned, a negative time is a large one
+        if len(times) and times.astype(np.int64, copy=False).view(np.uint64).max() > MAX_TICK:
             raise MidiError(f"{path}: a time beyond {MAX_TICK} ticks, so the file is damaged; {RESAVE}")
-    num_zero = len(duration) - int(np.count_nonzero(duration))
+    num_zero = len(notes.duration) - int(np.count_nonzero(notes.duration))
     if num_zero:
-        notes["duration"] = np.maximum(duration, 1)
+        notes = notes._replace(duration=np.maximum(notes.duration, 1))
         counts["zero_duration"] += num_zero
     counts["no_meter"] += not len(meters["time"])
     return Score(
-        int(ticks_per_quarter),
+        ticks_per_quarter,
         tracks,
         notes,
         _meter_map(meters, counts),
@@ -305,33 +295,38 @@ def _finish(path, ticks_per_quarter, tracks, notes, meters, tempos, counts) -> S
     )
 
 
+# Most files state one meter and one tempo, so plain loops are faster than arrays here.
+
+
 def _meter_map(events: dict[str, np.ndarray], counts: Counter) -> np.ndarray:
-    table = np.empty(len(events["time"]), dtype=METER_DTYPE)
-    table["tick"], table["numerator"], table["denominator"] = (
-        events["time"],
-        events["numerator"],
-        events["denominator"],
-    )
-    lower = table["denominator"]
-    valid = (table["numerator"] > 0) & (lower > 0) & (lower <= MAX_DENOMINATOR) & (lower & (lower - 1) == 0)
-    counts["invalid_meters"] += int((~valid).sum())
-    return _last_of_each_tick(table[valid], np.array([(0, *DEFAULT_METER)], METER_DTYPE), "meters", counts)
+    rows = []
+    for tick, above, below in zip(*[events[name].tolist() for name in ("time", "numerator", "denominator")]):
+        if above > 0 and 0 < below <= MAX_DENOMINATOR and below & (below - 1) == 0:
+            rows.append((tick, above, below))
+        else:
+            counts["invalid_meters"] += 1
+    return np.array(_last_of_each_tick(rows, (0, *DEFAULT_METER), "meters", counts), dtype=METER_DTYPE)
 
 
 def _tempo_map(events: dict[str, np.ndarray], counts: Counter) -> np.ndarray:
-    valid = events["mspq"] > 0
-    counts["invalid_tempos"] += int((~valid).sum())
-    table = np.empty(int(valid.sum()), dtype=TEMPO_DTYPE)
-    table["tick"], table["qpm"] = events["time"][valid], MICROSECONDS_PER_MINUTE / events["mspq"][valid]
-    return _last_of_each_tick(table, np.array([(0, DEFAULT_QPM)], TEMPO_DTYPE), "tempos", counts)
+    rows = []
+    for tick, mspq in zip(events["time"].tolist(), events["mspq"].tolist()):
+        if mspq > 0:
+            rows.append((tick, MICROSECONDS_PER_MINUTE / mspq))
+        else:
+            counts["invalid_tempos"] += 1
+    return np.array(_last_of_each_tick(rows, (0, DEFAULT_QPM), "tempos", counts), dtype=TEMPO_DTYPE)
 
 
-def _last_of_each_tick(table: np.ndarray, default: np.ndarray, kind: str, counts: Counter) -> np.ndarray:
-    """`table`, sorted by tick, with one row a tick and `default` before it where it starts after tick 0."""
-    if not len(table) or table["tick"][0] > 0:
-        table = np.concatenate([default, table])
-    if len(table) == 1:
-        return table
-    again = np.flatnonzero(np.diff(table["tick"]) == 0)
-    counts[f"same_tick_{kind}"] += int((table[again] != table[again + 1]).sum())
-    return np.delete(table, again)
+def _last_of_each_tick(rows: list[tuple], default: tuple, kind: str, counts: Counter) -> list[tuple]:
+    """The rows, sorted by tick, one a tick, with `default` before them where they start after tick 0."""
+    if not rows or rows[0][0] > 0:
+        rows.insert(0, default)
+    kept = rows[:1]
+    for row in rows[1:]:
+        if row[0] > kept[-1][0]:
+            kept.append(row)
+            continue
+        counts[f"same_tick_{kind}"] += row != kept[-1]
+        kept[-1] = row
+    return kept

@@ -38,6 +38,27 @@ class MidiError(UserError):
     """A file or score that cannot be read as music; the message says what, where and what to do."""
 
 
+class NoteColumns(NamedTuple):
+    """What a note table holds, (notes,) int64 each: a third of the time of the table's own strided fields."""
+
+    track: np.ndarray
+    onset: np.ndarray
+    duration: np.ndarray
+    pitch: np.ndarray
+    velocity: np.ndarray
+
+    def take(self, rows: np.ndarray) -> NoteColumns:
+        return NoteColumns(*[column[rows] for column in self])
+
+    def table(self) -> np.ndarray:
+        """As `note_table` has them."""
+        order = note_order(self.track, self.onset, self.pitch, self.duration)
+        notes = np.empty(len(self.track), dtype=NOTE_DTYPE)
+        for name, column in zip(self._fields, self):
+            notes[name] = column if order is None else column[order]
+        return notes
+
+
 class Control(NamedTuple):
     """A condition token and the place it belongs to.
 
@@ -107,6 +128,9 @@ class Score:
 
     `num_bars` is None in a raw score. `controls` are the condition tokens of a decoded stream. `counts` says what
     reading and quantising changed or dropped, by name of the rule.
+
+    `notes` may be given as columns; they become a table, sorted, when somebody asks for it. Until then they are what
+    `columns` gives, and those of a raw score stand in any order.
     """
 
     ticks_per_quarter: int
@@ -126,10 +150,26 @@ class Score:
             self.meters = _meter_table(self.meters)
         if not isinstance(self.tempos, np.ndarray):
             self.tempos = _tempo_table(self.tempos)
+        if isinstance(self.notes, NoteColumns):
+            self._columns = self.__dict__.pop("notes")
+
+    def __getattr__(self, name: str) -> np.ndarray:
+        # Called for `notes` alone, once: most scores of a corpus are encoded without anybody looking at their table.
+        if name != "notes" or "_columns" not in self.__dict__:
+            raise AttributeError(f"Score has no attribute {name!r}")
+        self.notes = self.__dict__.pop("_columns").table()
+        return self.notes
+
+    @property
+    def columns(self) -> NoteColumns:
+        """The notes by column, for reading only."""
+        if "_columns" in self.__dict__:
+            return self._columns
+        return NoteColumns(*[self.notes[name].astype(np.int64) for name in NoteColumns._fields])
 
     @property
     def num_notes(self) -> int:
-        return len(self.notes)
+        return len(self._columns.track if "_columns" in self.__dict__ else self.notes)
 
     @property
     def instruments(self) -> np.ndarray:
@@ -139,7 +179,8 @@ class Score:
     @property
     def end_tick(self) -> int:
         """Where the last note stops sounding."""
-        return int((self.notes["onset"] + self.notes["duration"]).max()) if len(self.notes) else 0
+        notes = self.columns
+        return int((notes.onset + notes.duration).max(initial=0))
 
     def bar_lines(self) -> np.ndarray:
         """(num_bars + 1,) int64 ticks of the bar lines of a quantized score, the end of the last bar included."""
@@ -149,12 +190,7 @@ class Score:
 
     def seconds_at(self, ticks: np.ndarray | int) -> np.ndarray:
         """Seconds from the beginning to each tick, through the tempo map."""
-        ticks = np.asarray(ticks)
-        starts = self.tempos["tick"]
-        seconds_per_tick = 60.0 / (self.tempos["qpm"] * self.ticks_per_quarter)
-        elapsed = np.concatenate(([0.0], np.cumsum(np.diff(starts) * seconds_per_tick[:-1])))
-        i = np.searchsorted(starts, ticks, side="right") - 1
-        return elapsed[i] + (ticks - starts[i]) * seconds_per_tick[i]
+        return seconds_at(self.tempos, self.ticks_per_quarter, ticks)
 
     def __eq__(self, other) -> bool:
         if not isinstance(other, Score):
@@ -172,6 +208,18 @@ class Score:
     __hash__ = None
 
 
+def seconds_at(tempos: np.ndarray, ticks_per_quarter: int, ticks: np.ndarray | int) -> np.ndarray:
+    """Seconds from the beginning to each tick, through a tempo map."""
+    ticks = np.asarray(ticks)
+    seconds_per_tick = 60.0 / (tempos["qpm"] * ticks_per_quarter)
+    starts = tempos["tick"]
+    if len(tempos) == 1:
+        return (ticks - starts[0]) * seconds_per_tick[0]
+    elapsed = np.concatenate(([0.0], np.cumsum(np.diff(starts) * seconds_per_tick[:-1])))
+    i = np.searchsorted(starts, ticks, side="right") - 1
+    return elapsed[i] + (ticks - starts[i]) * seconds_per_tick[i]
+
+
 def bar_ticks(numerator, denominator, ticks_per_quarter: int):
     """Length of a bar in ticks; works on arrays."""
     return numerator * 4 * ticks_per_quarter // denominator
@@ -184,8 +232,20 @@ def bar_lines(meters: np.ndarray, ticks_per_quarter: int, num_bars: int) -> np.n
     [0, 96, 192, 264, 336]
     """
     lengths = bar_ticks(meters["numerator"].astype(np.int64), meters["denominator"], ticks_per_quarter)
+    if len(meters) == 1:
+        return np.arange(num_bars + 1) * lengths[0]
     spans = np.diff(meters["tick"])
     repeats = np.zeros(len(meters), dtype=np.int64)
     repeats[:-1] = spans // lengths[:-1]
     repeats[-1] = max(num_bars - int(repeats[:-1].sum()), 0)
     return np.concatenate(([0], np.cumsum(np.repeat(lengths, repeats))))[: num_bars + 1]
+
+
+def bar_of(ticks: np.ndarray, meters: np.ndarray, ticks_per_quarter: int) -> np.ndarray:
+    """Bar index of each tick without listing the bar lines: a damaged file may claim millions of them."""
+    lengths = bar_ticks(meters["numerator"].astype(np.int64), meters["denominator"], ticks_per_quarter)
+    if len(meters) == 1:
+        return ticks // lengths[0]
+    bars_before = np.concatenate(([0], np.cumsum(np.diff(meters["tick"]) // lengths[:-1])))
+    i = np.searchsorted(meters["tick"], ticks, side="right") - 1
+    return bars_before[i] + (ticks - meters["tick"][i]) // lengths[i]

@@ -1,4 +1,8 @@
-"""MIDI files gone wrong: real ones with their bytes flipped, cut, and their lengths, times and headers falsified."""
+"""MIDI files gone wrong: real ones with their bytes flipped, cut, and their lengths, times and headers falsified.
+
+Most of such wrecks no reader accepts. So three of four mutants are gentle: their chunks stay whole, and what their
+events say goes wrong, which reaches everything behind the reader.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,136 @@ import struct
 
 import numpy as np
 
+from meloformer.midi.chunks import events, header, track_chunk
+from meloformer.midi.score import MidiError
+
+GENTLE_SHARE = 0.75
+_Events = list[tuple[int, bytes]]  # (delta time, event with its status byte) of one track
+
 
 def mutate(data: bytes, rng: np.random.Generator) -> bytes:
     """One to three mishaps."""
+    if rng.random() < GENTLE_SHARE:
+        gentle = _mutate_events(data, rng)
+        if gentle is not None:
+            return gentle
     for _ in range(rng.integers(1, 4)):
         data = MISHAPS[rng.integers(len(MISHAPS))](bytearray(data), rng) if len(data) > 20 else data
     return bytes(data)
+
+
+# --- gentle: in what the events say ---------------------------------------------------------------------------------
+
+
+def _mutate_events(data: bytes, rng) -> bytes | None:
+    """None where the file cannot be taken apart."""
+    if data[:4] != b"MThd" or len(data) < 14:
+        return None
+    length, kind, _, division = struct.unpack(">IHHH", data[4:14])
+    tracks, at = [], 8 + length
+    while data[at : at + 4] == b"MTrk":
+        end = at + 8 + int.from_bytes(data[at + 4 : at + 8], "big")
+        try:
+            listed = list(events(data[at:end]))
+        except MidiError:
+            return None
+        ticks = [0, *(tick for tick, _ in listed)]
+        tracks.append([(after - before, event) for before, after, (_, event) in zip(ticks, ticks[1:], listed)])
+        at = end
+    if not tracks:
+        return None
+    for _ in range(rng.integers(1, 4)):
+        number = int(rng.integers(len(tracks)))
+        if tracks[number]:
+            tracks[number] = GENTLE[rng.integers(len(GENTLE))](tracks[number], rng)
+    if rng.random() < 0.1:
+        tracks = [tracks[i] for i in rng.permutation(len(tracks))]
+    if rng.random() < 0.1:
+        kind = int(rng.choice([0, 1, 1, 2]))
+    if rng.random() < 0.1:
+        division = int(rng.choice([1, 3, 24, 25, 481, 32767, 0, 0xE728, 0xE250]))  # the last two are SMPTE
+    chunks = [_written(track, rng.random() < 0.3) for track in tracks]
+    return header(kind, len(chunks), division) + b"".join(chunks)
+
+
+def _written(track: _Events, running: bool) -> bytes:
+    """An MTrk chunk; running=True leaves out the status bytes that MIDI lets one leave out."""
+    written, tick, status = [], 0, -1
+    for delta, event in track:
+        tick += delta
+        leave_out = running and event[0] == status and len(event) > 1
+        status = event[0] if event[0] < 0xF0 else -1
+        written.append((tick, event[1:] if leave_out else event))
+    return track_chunk(written)
+
+
+def _some(track: _Events, rng) -> list[int]:
+    return sorted(set(rng.integers(0, len(track), rng.choice([1, 5, 50])).tolist()))
+
+
+def _other_data(track: _Events, rng) -> _Events:
+    """Channel events with other pitches, velocities, programs, controllers; now and then with a byte above 127."""
+    for i in _some(track, rng):
+        delta, event = track[i]
+        if event[0] < 0xF0:
+            high = 256 if rng.random() < 0.01 else 128
+            track[i] = delta, bytes((event[0], *rng.integers(0, high, len(event) - 1).tolist()))
+    return track
+
+
+def _other_status(track: _Events, rng) -> _Events:
+    """Notes on other channels, ons that become offs."""
+    for i in _some(track, rng):
+        delta, event = track[i]
+        if 0x80 <= event[0] < 0xC0:
+            track[i] = delta, bytes((int(rng.integers(0x80, 0xC0)), *event[1:]))
+    return track
+
+
+def _other_deltas(track: _Events, rng) -> _Events:
+    for i in _some(track, rng):
+        choices = [0, 1, track[i][0] * 2, int(rng.integers(2000)), int(rng.integers(100_000)), 2**28 - 1]
+        track[i] = choices[rng.choice(len(choices), p=[0.3, 0.2, 0.2, 0.25, 0.03, 0.02])], track[i][1]
+    return track
+
+
+def _dropped(track: _Events, rng) -> _Events:
+    gone = set(_some(track, rng))
+    return [event for i, event in enumerate(track) if i not in gone]
+
+
+def _twice(track: _Events, rng) -> _Events:
+    again = set(_some(track, rng))
+    return [copy for i, event in enumerate(track) for copy in [event] * (2 if i in again else 1)]
+
+
+def _elsewhere(track: _Events, rng) -> _Events:
+    """A stretch of the track in another place: ons without offs, offs before ons, an end in the middle."""
+    first, last, to = rng.integers(0, len(track) + 1, 3).tolist()
+    moved, rest = track[min(first, last) : max(first, last)], track[: min(first, last)] + track[max(first, last) :]
+    return rest[:to] + moved + rest[to:]
+
+
+def _new_meta(track: _Events, rng) -> _Events:
+    """Tempos, meters, keys and programs with any value where they do not belong."""
+    for i in _some(track, rng)[::-1]:
+        kind = int(rng.integers(5))
+        numbers = rng.integers(0, 256, 4, dtype=np.uint8).tobytes()
+        event = (
+            b"\xff\x51\x03" + numbers[:3],
+            b"\xff\x51\x03" + bytes(3),
+            b"\xff\x58\x04" + bytes((numbers[0] % 20, numbers[1] % 9)) + numbers[2:],
+            b"\xff\x59\x02" + numbers[:2],
+            bytes((0xC0 | numbers[0] & 15, numbers[1] & 127)),
+        )[kind]
+        track.insert(i, (int(rng.choice([0, 0, 1, 100])), event))
+    return track
+
+
+GENTLE = (_other_data, _other_status, _other_deltas, _dropped, _twice, _elsewhere, _new_meta)
+
+
+# --- not so gentle: in the bytes ------------------------------------------------------------------------------------
 
 
 def _flip(data: bytearray, rng) -> bytearray:

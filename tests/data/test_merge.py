@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from meloformer.data import Corpus
 from meloformer.data.merge import merge
+from meloformer.data.writer import CorpusWriter
 from meloformer.errors import UserError
 from tests.conftest import ROOT
 from tests.data.music import write_folder
@@ -63,7 +65,45 @@ def test_a_part_is_a_corpus_and_one_that_holds_nothing_is_a_part(midi, parts, tm
     assert Corpus(tmp_path / "merged").num_pieces == 1
 
 
-def test_a_merge_that_was_killed_is_begun_again(parts, tmp_path):
+KILLED_BEFORE = """
+import os, signal, sys
+from pathlib import Path
+from meloformer import files
+from meloformer.data.merge import merge
+from meloformer.data.writer import CorpusWriter
+
+def replace(source, target, replace=os.replace):
+    if sys.argv[1] in str(target):
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+
+files.os.replace = replace
+merge([Path(part) for part in sys.argv[3:]], Path(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("file", "finished"), [("shard-00000", 0), ("entry-00002", 3), ("shard-00003", 3), ("index", 5), ("meta.json", 5)]
+)
+def test_a_killed_merge_goes_on_where_it_was(parts, tmp_path, monkeypatch, file, finished):
+    """It was begun again once, which for a corpus of a million pieces is an hour."""
+    merge(parts, tmp_path / "whole")
+    output = tmp_path / "merged"
+    command = [sys.executable, "-c", KILLED_BEFORE, file, str(output), *map(str, parts)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    shards = sorted(output.glob("shard-*"))
+    assert len(shards) == finished and not (output / "meta.json").exists()
+    assert all(path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes() for path in shards)
+    numbers = []
+    add = CorpusWriter.add
+    monkeypatch.setattr(CorpusWriter, "add", lambda *given: numbers.append(given[1]) or add(*given))
+    merge(parts, output)
+    assert content(output) == content(tmp_path / "whole")
+    assert len(numbers) <= 30 - 4 * min(finished, 4)  # an entry that was not written costs its shard again
+
+
+def test_what_an_earlier_merge_left_is_no_part_of_the_next(parts, tmp_path):
     merge(parts, tmp_path / "merged")
     good = content(tmp_path / "merged")
     (tmp_path / "merged" / "meta.json").unlink()

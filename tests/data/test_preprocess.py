@@ -291,7 +291,7 @@ def test_mutated_real_files_are_encoded_or_named(real_midi, tmp_path):
     run(folder, tmp_path / "out", workers=2, dedup=False, min_notes=1, min_bars=1)
     corpus = Corpus(tmp_path / "out")
     reasons = [reason for _, reason in rejected(tmp_path / "out")]
-    assert corpus.num_pieces + len(reasons) == 300 and corpus.num_pieces > 20 and len(reasons) > 100
+    assert corpus.num_pieces + len(reasons) == 300 and corpus.num_pieces > 150 and len(reasons) > 50
     assert set(reasons) <= {"unreadable", "unencodable", "few_notes", "few_bars", "many_bars"}
     for i in range(corpus.num_pieces):
         Tokenizer().validate(corpus.piece(i))

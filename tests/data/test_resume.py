@@ -1,7 +1,9 @@
 """A preprocessing run that is killed goes on, and nobody can tell from its bytes."""
 
 import json
+import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -14,12 +16,18 @@ import pytest
 from meloformer import files
 from meloformer.data import Corpus
 from meloformer.data.journal import JOURNAL, Journal
+from meloformer.data.pool import _Worker
 from meloformer.data.sources import Input
 from meloformer.data.writer import CorpusWriter
 from meloformer.errors import UserError
 from tests.conftest import ROOT
 from tests.data.music import write_folder
 from tests.data.test_preprocess import content, run
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +102,45 @@ def test_a_full_disk_is_one_line_and_what_is_finished_stays(midi, whole, tmp_pat
     run(midi, tmp_path / "out", shard_size=4)
     assert content(tmp_path / "out") == content(whole)
     assert not begun_at or min(begun_at) >= 8  # it did not begin again
+
+
+@pytest.mark.skipif(resource is None, reason="this system has no limit on the size of a file")
+def test_a_write_that_fails_anywhere_is_one_line_and_the_next_run_goes_on(midi, whole, tmp_path):
+    """A real refusal of the system, for each size in another place: a column, the shard, the index."""
+    output = tmp_path / "out"
+    flags = ["--input", str(midi), "--output", str(output), "--shard-size", "4", "--workers", "1"]
+    largest = max(path.stat().st_size for path in whole.iterdir())
+    for size in (0, 100, largest // 3, largest - 1):
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "preprocess_data.py"), *flags],
+            preexec_fn=lambda size=size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
+            capture_output=True,
+            text=True,
+        )
+        last = done.stderr.strip().splitlines()[-1]
+        assert re.match(r"error: .*: cannot be written \(File too large\); make room", last), done.stderr
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr and not (output / "meta.json").exists()
+        for path in output.glob("shard-*"):
+            assert path.read_bytes() == (whole / path.name).read_bytes()
+    run(midi, output, shard_size=4)
+    assert content(output) == content(whole)
+
+
+def test_workers_that_are_killed_cost_nothing(midi, whole, tmp_path, monkeypatch):
+    """By somebody from outside, up to five in one run: every file is in the corpus all the same."""
+    give = _Worker.give
+    kills = []
+
+    def give_and_kill(worker, batch):
+        give(worker, batch)
+        if len(batch) > 1 and len(kills) < 5:
+            os.kill(worker.process.pid, signal.SIGKILL)
+            kills.append(worker.process.pid)
+
+    monkeypatch.setattr(_Worker, "give", give_and_kill)
+    run(midi, tmp_path / "out", shard_size=4, workers=2)
+    assert len(set(kills)) > 1 and content(tmp_path / "out") == content(whole)
 
 
 def test_an_output_where_nothing_can_be_written_is_one_line(midi, tmp_path):

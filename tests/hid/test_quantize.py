@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from fractions import Fraction
 from math import floor
@@ -129,6 +130,41 @@ def test_tracks_without_notes_go_and_the_order_is_accompaniment_first():
 def test_mean_polyphony_counts_sounding_time_only():
     notes = note_table([(0, 0, 24, 60, 64), (0, 12, 12, 64, 64), (0, 480, 24, 60, 64)])
     assert mean_polyphony(notes, np.array([0, len(notes)])) == pytest.approx([60 / 48])
+
+
+def crowded(seed: int) -> Score:
+    """Few pitches and onsets, so that notes are struck twice, run into each other, and lie between two grid ticks."""
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(0, 400))
+    rows = [rng.integers(0, high, n) for high in (3, 300, 2000, 4)] + [rng.integers(0, 128, n)]
+    rows[1] *= int(rng.choice([1, 7, 20]))
+    rows[3] += 60
+    tracks = [Track(0), Track(0), Track(33)]
+    return Score(int(rng.choice([24, 96, 100, 480])), tracks, note_table([tuple(row) for row in np.stack(rows, 1)]))
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_the_note_rules_on_crowded_music(seed, monkeypatch):
+    """The fast way against `slow_notes`; and the way of numbers too large to be packed, which no real file needs."""
+    score = crowded(seed)
+    grid = quantize(score, V)
+    numbers = np.unique(score.notes["track"]).tolist()
+    if not grid.counts["stray_notes"]:
+        assert grid.notes.tolist() == [(numbers.index(t), *rest) for t, *rest in slow_notes(score)]
+    monkeypatch.setattr(sys.modules[quantize.__module__], "_num_bits", lambda column: 64)
+    wide = quantize(score, V)
+    assert wide == grid and wide.counts == grid.counts
+
+
+def test_notes_given_as_columns_in_any_order_are_the_same_piece():
+    score = crowded(3)
+    mixed = score.columns.take(np.random.default_rng(0).permutation(score.num_notes))
+    assert quantize(Score(score.ticks_per_quarter, score.tracks, mixed), V) == quantize(score, V)
+    assert Score(score.ticks_per_quarter, score.tracks, mixed).notes.dtype == score.notes.dtype
+    lazy = Score(score.ticks_per_quarter, score.tracks, score.columns)
+    assert lazy.num_notes == score.num_notes and lazy.end_tick == score.end_tick and lazy == score
+    lazy.notes["onset"] += 5  # whoever looked at the table may change it, and the columns follow
+    assert (lazy.columns.onset == score.columns.onset + 5).all()
 
 
 # --- every real file -----------------------------------------------------------------------------------------
