@@ -17,8 +17,8 @@ In: a `Score` or a MIDI file. Out: (128, T) uint8, 0 where nothing sounds, 1..12
 >>> roll_to_score(roll).notes["duration"].tolist()
 [360, 480]
 
-The surprise: a roll is not what a file holds, but what a file holds that was made from a roll survives: `roll_to_score` and
-`score_to_roll` are inverse on every roll, to the last column that sounds.
+The surprise: much of a real file is lost in a roll, nothing of a roll is lost in a file: `score_to_roll` undoes
+`roll_to_score` on every roll, up to the last column that sounds.
 """
 
 from __future__ import annotations
@@ -178,9 +178,7 @@ def main() -> None:
     parser.add_argument("paths", nargs="+", metavar="FILE_OR_FOLDER")
     arguments = parser.parse_args()
     total, lost, fewer, refused = np.zeros(6, dtype=np.int64), [], [], 0
-    print(
-        f"{'notes':>9} {'lost':>7} {'share':>6} {'collided':>9} {'merged':>7} {'stray':>6} {'drums':>8} {'in roll':>8}"
-    )
+    print("    notes    lost  share  collided  merged  stray    drums  in roll")
     for path in midi_paths(arguments.paths):
         try:
             _, loss, _ = read_roll(path)
@@ -196,8 +194,8 @@ def main() -> None:
     print(_line(RollLoss(*total.tolist()), f"in all; {len(lost)} files with pitched notes, {refused} refused"))
     if lost:
         print(
-            f"mean over files: {np.mean(lost):.1%} of the notes begin nowhere in the roll (median {np.median(lost):.1%}); "
-            f"the roll holds {np.mean(fewer):.1%} fewer notes"
+            f"mean over files: {np.mean(lost):.1%} of the notes begin nowhere in the roll (median "
+            f"{np.median(lost):.1%}); the roll holds {np.mean(fewer):.1%} fewer notes"
         )
 
 

