@@ -31,6 +31,7 @@ import numpy as np
 
 from meloformer.errors import UserError, exit_cleanly
 from meloformer.midi import MidiError, Score, Track, note_table, read_score, write_midi
+from meloformer.midi.score import DEFAULT_METER, DEFAULT_QPM
 
 NUM_PITCHES = 128
 COLUMNS_PER_QUARTER = 4
@@ -112,22 +113,24 @@ def notes_of(roll: np.ndarray) -> np.ndarray:
     return np.stack([pitch, first, ends - first, roll[pitch, first]], axis=1).astype(np.int64)
 
 
-def roll_to_score(roll: np.ndarray, tempo: float = 120.0, like: Score | None = None, program: int = 0) -> Score:
-    """The score of a roll: one track, 4/4 at `tempo`; with `like`, its resolution, meters and tempos up to the end."""
-    if like is None:
-        resolution, meters, tempos = TICKS_PER_QUARTER, [(0, 4, 4)], [(0, tempo)]
-    else:
+def roll_to_score(roll: np.ndarray, tempo: float | None = None, like: Score | None = None) -> Score:
+    """The score of a roll: one track, 4/4, 120 quarters a minute or `tempo`.
+
+    With `like`, its resolution, and its meters and tempos up to the roll's end, unless a tempo is given.
+    """
+    resolution, meters, tempos = TICKS_PER_QUARTER, [(0, *DEFAULT_METER)], [(0, tempo or DEFAULT_QPM)]
+    if like is not None:
         scale = 1 if like.ticks_per_quarter >= FEW_TICKS else COLUMNS_PER_QUARTER
         resolution = scale * like.ticks_per_quarter
-        meters, tempos = like.meters.copy(), like.tempos.copy()
-        end = -(-roll.shape[1] * resolution // COLUMNS_PER_QUARTER)
-        for table in (meters, tempos):
-            table["tick"] *= scale
-        meters, tempos = (table[(table["tick"] < end) | (table["tick"] == 0)] for table in (meters, tempos))
+        end = -(-roll.shape[1] * like.ticks_per_quarter // COLUMNS_PER_QUARTER)
+        meters, kept = (table[(table["tick"] < end) | (table["tick"] == 0)] for table in (like.meters, like.tempos))
+        meters["tick"] *= scale
+        kept["tick"] *= scale
+        tempos = kept if tempo is None else tempos
     pitch, first, length, velocity = notes_of(roll).T
     begin, end = (-(-column * resolution // COLUMNS_PER_QUARTER) for column in (first, first + length))
     rows = zip(np.zeros_like(pitch), begin, end - begin, pitch, velocity)
-    return Score(resolution, [Track(program, name="Piano roll")], note_table(rows), meters, tempos)
+    return Score(resolution, [Track(0, name="piano roll")], note_table(rows), meters, tempos)
 
 
 def read_roll(path: str | Path) -> tuple[np.ndarray, RollLoss, Score]:
@@ -140,8 +143,8 @@ def read_roll(path: str | Path) -> tuple[np.ndarray, RollLoss, Score]:
     return roll, loss, score
 
 
-def write_roll(roll: np.ndarray, path: str | Path, tempo: float = 120.0, like: Score | None = None) -> None:
-    """Write a roll as a MIDI file, whole or absent."""
+def write_roll(roll: np.ndarray, path: str | Path, tempo: float | None = None, like: Score | None = None) -> None:
+    """Write the score of a roll as a MIDI file, whole or absent."""
     write_midi(roll_to_score(roll, tempo, like), path)
 
 
