@@ -4,7 +4,7 @@
 
 Rolls are made, with 3 % of their cells sounding, and weights are untrained: neither changes what a step costs. Every
 training figure comes from a process of its own; its peak memory is the device allocator's on CUDA, the growth of the
-resident set on a CPU, parameters and optimizer included. On a CPU, in a reduced form: one roll a step, one roll sampled;
+resident set on a CPU, parameters and optimizer included. A CPU has a reduced form: one roll a step, one roll sampled;
 --cpu_time counts the process's own seconds over all its threads, for a machine that others use too.
 """
 
