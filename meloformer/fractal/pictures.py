@@ -24,7 +24,6 @@ from meloformer.files import write_atomic
 
 MAX_VELOCITY = 127
 FRAME_MILLISECONDS = 200
-LAST_FRAME_MILLISECONDS = 2000  # the finished roll is to be looked at
 SCALE = 3
 
 
@@ -75,7 +74,7 @@ def write_png(roll: np.ndarray, path: str | Path, stacked: bool = False) -> None
 
 
 def write_gif(frames: Sequence[np.ndarray], path: str | Path) -> None:
-    """Rolls of one shape, 200 ms each and the last one longer, in an endless loop."""
+    """Rolls of one shape, 200 ms each, in an endless loop."""
     if not frames:
         raise ValueError("a GIF needs at least one frame")
     images = [_image(frame, stacked=False) for frame in frames]
@@ -85,7 +84,7 @@ def write_gif(frames: Sequence[np.ndarray], path: str | Path) -> None:
         format="GIF",
         save_all=True,
         append_images=images[1:],
-        duration=[FRAME_MILLISECONDS] * (len(images) - 1) + [LAST_FRAME_MILLISECONDS],
+        duration=FRAME_MILLISECONDS,
         loop=0,
     )
     _write(path, buffer)
