@@ -92,6 +92,11 @@ class Settings:
         settings.validate()
         return settings
 
+    @classmethod
+    def flag(cls, dotted: str) -> str:
+        """The flag of a key, without its hyphens."""
+        return next(key.flag for key in cls.options() if key.dotted == dotted)
+
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, every default resolved: what is saved with a run."""
         return dataclasses.asdict(self)

@@ -248,6 +248,15 @@ class RowPlan:
         """A row of padding."""
         return make_row([], self.corpus.vocabulary, self.data.max_seq_len, self.data.max_segments)
 
+    def num_targets(self, batch: dict[str, np.ndarray]) -> int:
+        """What a batch of such rows is divided by."""
+        return num_targets(batch)
+
+
+def num_targets(batch: dict[str, np.ndarray]) -> int:
+    """Tokens of a batch that carry loss."""
+    return int((batch["targets"] >= 0).sum())
+
 
 def pack(windows: np.ndarray, order: np.ndarray, max_tokens: int, max_segments: int) -> list[list[int]]:
     """First fit, longest first: rows of window numbers, each within both budgets.

@@ -12,6 +12,7 @@ others (`--lr`). The surprise: four entries of a list are three generators and t
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 from meloformer.config import FAMILY_HELP, LoopConfig
@@ -78,7 +79,7 @@ class FractalModel(Settings):
             "a list from 128, the pitches, to 1, a cell",
             "128,16,4,1 is the default",
         )
-        for larger, smaller in zip(sizes, sizes[1:]):
+        for larger, smaller in pairwise(sizes):
             require(
                 larger % smaller == 0 and larger > smaller,
                 "model.img_size_list",
@@ -221,3 +222,23 @@ class FractalConfig(Settings):
     model: FractalModel = field(default_factory=FractalModel)
     data: FractalData
     training: FractalTraining = field(default_factory=FractalTraining)
+
+
+@dataclass(kw_only=True)
+class FractalEvaluateConfig(Settings):
+    """What evaluate.py takes for a FractalMIDI checkpoint."""
+
+    family: Literal["meloformer", "fractal"] = option("fractal", FAMILY_HELP, shown="what the checkpoint is")
+    checkpoint: str = option(help="a run (its best checkpoint is taken) or one checkpoint")
+    data: str | None = option(None, "text file of MIDI files, one path a line", shown="the run's val_data")
+    crop_length: int | None = option(None, "columns of a roll, so more or less context", shown="the run's own")
+    batch_size: int = option(8, "rolls in one pass")
+    device: str = option("auto", "auto, cpu, cuda or cuda:1")
+    precision: Literal["32", "bf16", "auto"] = option("32", "what matrices are multiplied in")
+    output: str | None = option(None, "file for the numbers", shown="evaluation.json in the run's folder")
+
+    def validate(self) -> None:
+        self.require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1", SEE_DEFAULT)
+        crop = self.crop_length
+        good = crop is None or (crop >= 4 and crop % 4 == 0)
+        self.require(good, "crop_length", crop, "a multiple of 4", "leave it out for the run's own")

@@ -39,6 +39,11 @@ Split = Literal["train", "validation"]
 LIST_FLAGS = {"train": "train_data", "validation": "val_data"}
 
 
+def num_cells(batch: dict[str, np.ndarray]) -> int:
+    """Cells of a batch of rows that are no padding: what its loss is a sum over."""
+    return int(batch["valid"].sum()) * NUM_PITCHES
+
+
 class Crop(NamedTuple):
     """Where a row comes from: columns [first, last) of a piece, moved by `shift` semitones."""
 
@@ -167,6 +172,10 @@ class RollPlan:
         arrays["valid"][:width] = True
         arrays["key"] = self._key("masks", row)
         return arrays, [Crop(self.corpus.name(piece), first, first + width, shift)]
+
+    def num_targets(self, batch: dict[str, np.ndarray]) -> int:
+        """Cells of a batch that carry loss."""
+        return num_cells(batch)
 
     def empty_row(self) -> dict[str, np.ndarray]:
         """A row of padding."""

@@ -17,6 +17,7 @@ and for mar levels the mean over random orders, drawn once from each roll's key.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,14 +34,16 @@ from torch.utils.checkpoint import checkpoint
 from meloformer.errors import UserError
 from meloformer.files import write_atomic
 from meloformer.fractal.config import FractalModel
+from meloformer.fractal.dataset import num_cells
 from meloformer.fractal.levels import ArLevel, Level, MarLevel, neighbourhood
-from meloformer.fractal.problems import Problems, grid, pose
-from meloformer.fractal.velocity import VelocityHead
+from meloformer.fractal.problems import Problems, pose
+from meloformer.fractal.velocity import CLASSES, VelocityHead
 from meloformer.pretrained import CONFIG, WEIGHTS, find_pretrained, read_about
 
 FORMAT = 1
 FAMILY = "fractal"
 FEED_FORWARD = 3.25  # d_ff by width: with SwiGLU this gives 48M parameters at the default sizes
+SILENT = 0.95  # of a roll's cells, before anything is learnt
 CHUNK = {"cpu": 512, "cuda": 16384}  # problems of the last level in one pass: what a cache, or a GPU, holds well
 
 
@@ -97,13 +100,15 @@ class FractalMIDI(nn.Module):
             if name.endswith("norm.weight"):
                 continue
             if name.endswith(("out.bias", "head.out.weight")):
-                nn.init.zeros_(parameter)  # the loss starts at ln 256
-            elif parameter.dim() == 2 and name.endswith((".weight")) and "velocity" not in name:
+                nn.init.zeros_(parameter)
+            elif parameter.dim() == 2 and name.endswith(".weight") and "velocity" not in name:
                 depth = len(self.levels[int(name.split(".")[1])].blocks) if name.startswith("levels") else 1
                 branch = (2 * depth) ** -0.5 if name.endswith("out.weight") else 1.0
                 nn.init.normal_(parameter, std=branch * parameter.shape[1] ** -0.5)
             else:
                 nn.init.normal_(parameter, std=0.5)
+        with torch.no_grad():  # where every roll soon is: at a loss near 0.4, not at ln 256
+            self.head.out.bias[0] = math.log(SILENT / (1 - SILENT) * (CLASSES - 1))
 
     @property
     def gradient_checkpointing(self) -> bool:
@@ -233,16 +238,7 @@ def feed_forward(width: int) -> int:
     return max(1, round(FEED_FORWARD * width))
 
 
-def num_cells(batch: Mapping[str, np.ndarray]) -> int:
-    """Cells of a batch that carry loss."""
-    return int(batch["valid"].sum()) * batch["roll"].shape[1]
-
-
 def statistics(problems: list[Problems]) -> dict[str, np.ndarray]:
     """By level: patches that were masked, all of them, and problems that were computed."""
     counts = [(p.masked.sum(), p.masked.size if p.valid is None else p.valid.sum(), len(p.masked)) for p in problems]
     return dict(zip(("masked", "patches", "problems"), np.array(counts, dtype=np.float32).reshape(-1, 3).T.copy()))
-
-
-def level_grid(model: FractalMIDI, level: int, width: int) -> tuple[int, int]:
-    return grid(model.config.img_size_list, level, width)
