@@ -313,6 +313,7 @@ class PreprocessConfig(Settings):
 class GenerateConfig(Settings):
     """What generate.py takes."""
 
+    family: Literal["meloformer", "fractal"] = option("meloformer", FAMILY_HELP, shown="what the checkpoint is")
     checkpoint: str = option(help="a run (its best checkpoint is taken) or one checkpoint")
     output: str = option(help="folder for the MIDI files")
     num_samples: int = option(4, "pieces to write, for each prompt if there are any")
@@ -396,6 +397,7 @@ class GenerateConfig(Settings):
 class EvaluateConfig(Settings):
     """What evaluate.py takes."""
 
+    family: Literal["meloformer", "fractal"] = option("meloformer", FAMILY_HELP, shown="what the checkpoint is")
     checkpoint: str = option(help="a run (its best checkpoint is taken) or one checkpoint")
     data_dir: str | None = option(None, "folder that preprocess_data.py wrote", shown="the run's own")
     split: Literal["validation", "train"] = option("validation", "which pieces, by the run's own split")

@@ -24,7 +24,7 @@ MODES = Literal["unconditional", "conditional", "inpainting"]
 class FractalGenerateConfig(Settings):
     """What generate.py takes for a FractalMIDI checkpoint."""
 
-    family: Literal["fractal"] = option("fractal", FAMILY_HELP, shown="what the checkpoint is")
+    family: Literal["meloformer", "fractal"] = option("fractal", FAMILY_HELP, shown="what the checkpoint is")
     checkpoint: str = option(help="a run (its best checkpoint is taken) or one checkpoint")
     output: str = option(help="folder for the .mid and .png files", aliases=("output_dir",))
     mode: MODES = option(
