@@ -58,6 +58,8 @@ class FractalModel(Settings):
             for name, default in (("embed_dim", WIDTHS), ("num_blocks", BLOCKS), ("num_heads", HEADS)):
                 if getattr(self, f"{name}_list") == default:
                     setattr(self, f"{name}_list", [*default[:2], default[3]])
+            if self.generator_types == ["mar"] * 4:
+                self.generator_types = ["mar"] * 3
         else:
             self.img_size_list = [128, 16, self.patch_size, 1]
 

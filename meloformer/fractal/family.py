@@ -87,7 +87,9 @@ class Rolls(Family):
     # --- model ------------------------------------------------------------------------------------------------
 
     def build(self) -> FractalMIDI:
-        return FractalMIDI(self.config.model, self.config.data.crop_length)
+        model = FractalMIDI(self.config.model, self.config.data.crop_length)
+        model.head.begin_at(self.corpus.velocities)
+        return model
 
     def open_pretrained(self, path: str) -> FractalMIDI:
         return FractalMIDI.from_pretrained(path)

@@ -222,7 +222,7 @@ class _Sampler:
             self.solve(level + 1, children, conditions)
         else:
             cells = self._send(children)
-            logits = self.model.head(conditions).float()
+            logits = self.model.head(conditions)
             uniform = self.uniform.view(-1)[cells]
             self.cells.view(-1)[cells] = draw(logits, uniform, self.temperature, self.sparsity_bias)
         self._at(self.known, level).reshape(-1, self._at(self.known, level).shape[-1])[children] = True

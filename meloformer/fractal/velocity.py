@@ -12,6 +12,8 @@ where it does the nearest velocity is meant.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from meloformer.model.layers import FeedForward, RMSNorm
 
 CLASSES = 256
+RARE = 1e-7  # share of a class that is no velocity of MIDI, in a new head
 
 
 def class_of(velocity: np.ndarray) -> np.ndarray:
@@ -67,6 +70,17 @@ class VelocityHead(nn.Module):
         self.blocks = nn.ModuleList(VelocityBlock(width, num_heads, d_ff) for _ in range(num_blocks))
         self.norm = RMSNorm(width)
         self.out = nn.Linear(width, CLASSES, bias=True)
+
+    def begin_at(self, counts: np.ndarray) -> None:
+        """Before the first step, say how often each velocity (128,) stands in the music, whatever the conditions.
+
+        Learning it would take steps by the hundred: of a bias, AdamW moves no logit further than the learning rate.
+        """
+        logits = np.full(CLASSES, math.log(RARE))
+        logits[class_of(np.arange(len(counts)))] = np.log((counts + 1) / (counts.sum() + len(counts)))
+        with torch.no_grad():
+            self.out.weight.zero_()
+            self.out.bias.copy_(torch.from_numpy(logits))
 
     def forward(self, conditions: Tensor) -> Tensor:
         """(S, 5, width), projected states: own first -> logits (S, 256). `project` and `slot` come before."""

@@ -63,6 +63,17 @@ def test_sparsity_bias_is_added_to_silence_alone():
     assert shares[0].item() == pytest.approx(0.5, rel=1e-6) and shares[1].item() == pytest.approx(0.5 / 255, rel=1e-6)
 
 
+def test_a_new_head_says_how_often_each_velocity_stands_in_the_music():
+    counts = np.zeros(128, dtype=np.int64)
+    counts[[0, 64, 127]] = 9000, 900, 100
+    head = VelocityHead(8, 16, 1, 2, 32)
+    head.begin_at(counts)
+    shares = head(torch.randn(2, 5, 16)).softmax(-1)
+    assert torch.equal(shares[0], shares[1])
+    assert shares[0, class_of(np.array([0, 64, 127]))].tolist() == pytest.approx([0.9, 0.09, 0.01], rel=0.02)
+    assert shares[0].argsort()[:128].tolist() == sorted(set(range(256)) - set(class_of(np.arange(128)).tolist()))
+
+
 def test_the_head_reads_all_five_conditions():
     torch.manual_seed(0)
     head = VelocityHead(8, 16, 1, 2, 32)
