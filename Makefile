@@ -1,4 +1,4 @@
-# make demo | test | venv | clean-demo | clean | help.   PYTHON=python3.12 chooses the interpreter of the environment.
+# make demo | demo-fractal | test | venv | clean-demo | clean | help.   PYTHON=python3.12 chooses the interpreter of the environment.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,16 +16,24 @@ TRAINED := $(RUN)/.trained
 EVALUATED := $(RUN)/evaluation.json
 SAMPLES := out/demo
 GENERATED := $(SAMPLES)/generation.json
+LISTS := data/demo-lists
+LISTED := $(LISTS)/train.txt
+FRACTAL := runs/fractal-demo
+FRACTAL_TRAINED := $(FRACTAL)/.trained
+FRACTAL_EVALUATED := $(FRACTAL)/evaluation.json
+ROLLS := out/fractal-demo
+FRACTAL_GENERATED := $(ROLLS)/.generated
 
-.PHONY: help venv demo test clean-demo clean
+.PHONY: help venv demo demo-fractal test clean-demo clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo        environment, demo music, a small model trained on it, new .mid and .png files"
-	@echo "make test        ruff and the whole test suite"
-	@echo "make venv        only the environment, in $(VENV)"
-	@echo "make clean-demo  forget the demo's music, model and pieces"
-	@echo "make clean       that, the environment and the caches"
+	@echo "make demo          environment, demo music, a small model trained on it, new .mid and .png files"
+	@echo "make demo-fractal  the same with piano rolls: new .mid, .png and .gif files"
+	@echo "make test          ruff and the whole test suite"
+	@echo "make venv          only the environment, in $(VENV)"
+	@echo "make clean-demo    forget the demo's music, model and pieces"
+	@echo "make clean         that, the environment and the caches"
 
 venv: $(INSTALLED)
 
@@ -60,13 +68,35 @@ $(GENERATED): | $(TRAINED)
 	$(PY) generate.py --checkpoint $(RUN) --output $(SAMPLES) --num_samples 4 --bars 8 --time_signature 4/4 \
 	    --instruments drums,33,29,30 --plot
 
+demo-fractal: $(FRACTAL_GENERATED) $(FRACTAL_EVALUATED)
+	@$(PY) -m meloformer.fractal.demo $(FRACTAL) $(ROLLS)
+
+$(LISTED): | $(CORPUS)
+	$(PY) -m meloformer.fractal.lists --input $(dir $(CORPUS)) --output $(@D) --validation_fraction 0.1
+
+$(FRACTAL_TRAINED): | $(LISTED)
+	$(PY) train.py --config configs/fractal_demo.yaml --train_data $(LISTED) --val_data $(LISTS)/valid.txt \
+	    --output_dir $(FRACTAL) --resume auto
+	@touch $@
+
+$(FRACTAL_EVALUATED): | $(FRACTAL_TRAINED)
+	$(PY) evaluate.py --checkpoint $(FRACTAL)
+
+# Killed between its two lines, it would find the first one's files: they are removed, and written again.
+$(FRACTAL_GENERATED): | $(FRACTAL_TRAINED)
+	rm -rf $(ROLLS)
+	$(PY) generate.py --checkpoint $(FRACTAL) --output $(ROLLS) --num_samples 4 --gif
+	$(PY) generate.py --checkpoint $(FRACTAL) --output $(ROLLS) --num_samples 2 --gif \
+	    --mode conditional --prompt data/demo/d_e1m1.mid
+	@touch $@
+
 test: $(INSTALLED)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pytest
 
 clean-demo:
-	rm -rf data/demo processed/demo $(SHORT) $(RUN) $(SAMPLES)
+	rm -rf data/demo $(LISTS) processed/demo $(SHORT) $(RUN) $(SAMPLES) $(FRACTAL) $(ROLLS)
 
 clean: clean-demo
 	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache .hypothesis

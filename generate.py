@@ -1,15 +1,22 @@
 """Write new MIDI files: python generate.py --checkpoint runs/base --output out"""
 
 from meloformer.command_line import load
-from meloformer.config import GenerateConfig
 from meloformer.errors import exit_cleanly
+from meloformer.families import family_of_command_line
 
 
 def main() -> None:
-    config = load(GenerateConfig, description=__doc__)
-    # Imported here: torch takes seconds, and --help or a mistyped flag should answer at once.
-    from meloformer.generation.command import run
+    # The commands are imported here: torch takes seconds, and --help or a mistyped flag should answer at once.
+    if family_of_command_line() == "fractal":
+        from meloformer.fractal.request import FractalGenerateConfig
 
+        config = load(FractalGenerateConfig, description=__doc__)
+        from meloformer.fractal.command import run
+    else:
+        from meloformer.config import GenerateConfig
+
+        config = load(GenerateConfig, description=__doc__)
+        from meloformer.generation.command import run
     run(config)
 
 

@@ -1,12 +1,14 @@
-"""Train a model on a preprocessed folder: python train.py --data_dir processed --model_size base"""
+"""Train a model: python train.py --data_dir processed --model_size base
+
+or, of piano rolls: python train.py --family fractal --train_data train.txt --val_data valid.txt"""
 
 from meloformer.command_line import load
-from meloformer.config import Config
 from meloformer.errors import exit_cleanly
+from meloformer.families import config_class, family_of_command_line
 
 
 def main() -> None:
-    config = load(Config, description=__doc__)
+    config = load(config_class(family_of_command_line()), description=__doc__)
     # Imported here: torch takes seconds, and --help or a mistyped flag should answer at once.
     from meloformer.training.loop import train
 

@@ -35,7 +35,8 @@ def load(cls: type[S], argv: Sequence[str] | None = None, description: str | Non
     for key in cls.options():
         word = getattr(flags, key.dotted)
         if isinstance(word, list):
-            word = ",".join(word)
+            rest += [part for part in word if key.spaced and "=" in part]
+            word = ",".join(part for part in word if not (key.spaced and "=" in part))
         if word is not None:
             given[key.dotted] = word if isinstance(word, bool) else read_word(key, word, f"--{key.flag}")
     for word in rest:
@@ -88,7 +89,9 @@ def _parser(cls: type[Settings], description: str | None) -> argparse.ArgumentPa
         if section not in groups:
             groups[section] = parser.add_argument_group(SECTION_TITLES.get(section, section))
         action = {"action": argparse.BooleanOptionalAction} if _is_switch(key) else {"metavar": _metavar(key.hint)}
-        if list[str] in (key.hint, *typing.get_args(key.hint)):
+        if key.spaced:
+            action["nargs"] = "+"
+        elif list[str] in (key.hint, *typing.get_args(key.hint)):
             action["action"] = "append"
         # default=None, not the real one: what was not given must not override the yaml file
         groups[section].add_argument(f"--{key.flag}", dest=key.dotted, default=None, help=_help(key), **action)

@@ -29,6 +29,9 @@ MODEL_SIZES = {
 }
 VISIBLE = {"T": ["T", "P"], "P": ["L"], "L": ["V"], "V": ["T", "P"]}
 BY_SIZE = "by model_size"
+FAMILY_HELP = (
+    "meloformer (token streams) or fractal (piano rolls); each has flags of its own, see --family fractal --help"
+)
 
 
 @dataclass(kw_only=True)
@@ -170,8 +173,8 @@ class DataConfig(Settings):
 
 
 @dataclass(kw_only=True)
-class TrainingConfig(Settings):
-    """How long, how fast, and what is kept."""
+class LoopConfig(Settings):
+    """What the training loop takes, whatever it trains: how long, how fast, and what is kept."""
 
     output_dir: str | None = option(None, "folder of the run: checkpoints, logs, config", shown="runs/<model_size>")
     resume: str = option(
@@ -200,19 +203,23 @@ class TrainingConfig(Settings):
     gradient_checkpointing: bool = option(
         False, "compute activations again in the backward pass: less memory, a quarter more time"
     )
-    compile: bool = option(False, "fuse the model's operations with torch.compile")
     val_interval: int = option(500, "steps between validations")
     val_max_rows: int = option(256, "held-out rows in a validation while training; evaluate.py takes all")
-    val_task_rows: int = option(32, "held-out rows for each way of deferring bars (infilling); 0 leaves it out")
     patience: int = option(0, "stop after this many validations without a better one; 0 never does")
     sample_interval: int = option(0, "steps between pieces written to the run's samples/ to listen to; 0 writes none")
     save_interval: int = option(500, "steps between checkpoints")
     keep_last: int = option(3, "checkpoints kept besides the best")
     log_interval: int = option(10, "steps between lines of metrics.jsonl")
+    fast_dev_run: bool = option(False, "three steps and all that comes with them, in a folder that is removed again")
 
     def __post_init__(self):
         if self.min_lr is None:
             self.min_lr = self.learning_rate / 10
+        if self.fast_dev_run:
+            self.max_steps = self.val_interval = self.save_interval = 3
+            self.log_interval = 1
+            self.val_max_rows = self.batch_size
+            self.sample_interval = min(self.sample_interval, 3)
 
     def validate(self) -> None:
         at_least_one = ("epochs", "max_steps", "batch_size", "gradient_accumulation_steps", "max_nonfinite_steps")
@@ -222,7 +229,7 @@ class TrainingConfig(Settings):
         for name in ("learning_rate", "max_grad_norm"):
             value = getattr(self, name)
             self.require(value > 0, f"training.{name}", value, "above 0", "see --help for the default")
-        not_negative = ("min_lr", "warmup_steps", "weight_decay", "seed", "num_workers", "val_task_rows", "patience")
+        not_negative = ("min_lr", "warmup_steps", "weight_decay", "seed", "num_workers", "patience")
         for name in (*not_negative, "sample_interval"):
             value = getattr(self, name)
             self.require(value >= 0, f"training.{name}", value, "at least 0", "see --help for the default")
@@ -239,9 +246,23 @@ class TrainingConfig(Settings):
 
 
 @dataclass(kw_only=True)
+class TrainingConfig(LoopConfig):
+    """What MeloFormer's runs take beside what all runs do."""
+
+    compile: bool = option(False, "fuse the model's operations with torch.compile")
+    val_task_rows: int = option(32, "held-out rows for each way of deferring bars (infilling); 0 leaves it out")
+
+    def validate(self) -> None:
+        super().validate()
+        rows = self.val_task_rows
+        self.require(rows >= 0, "training.val_task_rows", rows, "at least 0", "see --help for the default")
+
+
+@dataclass(kw_only=True)
 class Config(Settings):
     """What train.py takes."""
 
+    family: Literal["meloformer", "fractal"] = option("meloformer", FAMILY_HELP)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -300,6 +321,7 @@ class PreprocessConfig(Settings):
 class GenerateConfig(Settings):
     """What generate.py takes."""
 
+    family: Literal["meloformer", "fractal"] = option("meloformer", FAMILY_HELP, shown="what the checkpoint is")
     checkpoint: str = option(help="a run (its best checkpoint is taken) or one checkpoint")
     output: str = option(help="folder for the MIDI files")
     num_samples: int = option(4, "pieces to write, for each prompt if there are any")
@@ -383,6 +405,7 @@ class GenerateConfig(Settings):
 class EvaluateConfig(Settings):
     """What evaluate.py takes."""
 
+    family: Literal["meloformer", "fractal"] = option("meloformer", FAMILY_HELP, shown="what the checkpoint is")
     checkpoint: str = option(help="a run (its best checkpoint is taken) or one checkpoint")
     data_dir: str | None = option(None, "folder that preprocess_data.py wrote", shown="the run's own")
     split: Literal["validation", "train"] = option("validation", "which pieces, by the run's own split")

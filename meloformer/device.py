@@ -17,8 +17,14 @@ from meloformer.errors import UserError
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
     """The device that `name` asks for, `auto` being a GPU if there is one; UserError if it is not there.
 
-    `auto` and `cuda` mean the GPU number `local_rank`, which is this process's number among those of its machine.
+    `auto` and `cuda` mean the GPU number `local_rank`, which is this process's number among those of its machine;
+    a list of numbers, "2,3", the one at that place in it.
     """
+    if name.replace(",", "").isdecimal():
+        numbers = name.split(",")
+        if local_rank >= len(numbers):
+            raise UserError(f"devices is {name!r}, and there are more processes than GPUs in it; name one for each")
+        name = f"cuda:{numbers[local_rank] or 'none'}"
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":

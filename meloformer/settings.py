@@ -28,8 +28,9 @@ from meloformer.files import write_atomic
 
 
 def option(default: Any = dataclasses.MISSING, help: str = "", **metadata: Any) -> Any:
-    """A dataclass field with its help text. Metadata: `flag`, a flag name other than the field's; `shown`, how help
-    words a default that is worked out later. Lists and dicts are copied for every instance."""
+    """A dataclass field with its help text. Metadata: `flag`, a flag name other than the field's; `aliases`, further
+    names; `shown`, how help words a default that is worked out later; `spaced`, a list whose words may also stand apart
+    (`--sizes 16 4 1`). Lists and dicts are copied for every instance."""
     metadata["help"] = help
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: _copy(default), metadata=metadata)
@@ -45,6 +46,8 @@ class Key(NamedTuple):
     default: Any  # dataclasses.MISSING where the key is required
     help: str
     shown: str | None
+    aliases: tuple[str, ...] = ()
+    spaced: bool = False
 
     @property
     def dotted(self) -> str:
@@ -52,8 +55,8 @@ class Key(NamedTuple):
 
     @property
     def spellings(self) -> tuple[str, ...]:
-        """Dotted by field name, dotted by flag name, and the flag alone."""
-        return self.dotted, ".".join((*self.path[:-1], self.flag)), self.flag
+        """Dotted by field name, dotted by flag name, the flag alone, and its other names."""
+        return self.dotted, ".".join((*self.path[:-1], self.flag)), self.flag, *self.aliases
 
 
 S = TypeVar("S", bound="Settings")
@@ -88,6 +91,11 @@ class Settings:
         settings = cls(**built, **flat)
         settings.validate()
         return settings
+
+    @classmethod
+    def flag(cls, dotted: str) -> str:
+        """The flag of a key, without its hyphens."""
+        return next(key.flag for key in cls.options() if key.dotted == dotted)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, every default resolved: what is saved with a run."""
@@ -167,6 +175,8 @@ def find_key(cls: type[Settings], spelled: str, where: str) -> Key:
 
 def read_value(key: Key, value: Any, where: str) -> Any:
     """`value` cast to the type of `key`, or a UserError that says what is accepted."""
+    if key.spaced and isinstance(value, str):
+        value = value.replace(",", " ").split()
     try:
         return _cast(value, key.hint)
     except ValueError:
@@ -288,8 +298,8 @@ def _options(cls: type[Settings]) -> tuple[Key, ...]:
             continue
         default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
         meta = f.metadata
-        flag = meta.get("flag", f.name)
-        found.append(Key((f.name,), flag, _hints(cls)[f.name], default, meta.get("help", ""), meta.get("shown")))
+        words = (meta.get("flag", f.name), _hints(cls)[f.name], default, meta.get("help", ""), meta.get("shown"))
+        found.append(Key((f.name,), *words, meta.get("aliases", ()), meta.get("spaced", False)))
     return tuple(found)
 
 

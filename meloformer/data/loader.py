@@ -6,7 +6,7 @@
         step.index                      # step of this epoch
         step.micro_batches              # list of dicts of numpy arrays (micro_batch, N) and (micro_batch, M)
         step.documents                  # [micro-batch][row] -> list[Document]: where each document came from
-        step.num_targets                # targets of this rank in this step
+        step.num_targets                # targets of this rank in this step; step.targets: of each micro-batch
 
 `steps_in(plan, rows_per_step)` is the number of steps in an epoch. N = data.max_seq_len, M = data.max_segments: every
 micro-batch has one shape. rows_per_step G = world_size x micro_batch x accumulation steps. Row i of a step goes to
@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 
 from meloformer.data.corpus import Corpus
-from meloformer.data.packing import Document, RowPlan
+from meloformer.data.packing import Document, RowPlan, num_targets
 from meloformer.hid.rows import stack_rows
 
 __all__ = ["Corpus", "Document", "RowPlan", "Step", "batches", "num_targets", "steps_in"]
@@ -40,15 +40,11 @@ class Step(NamedTuple):
     index: int
     micro_batches: list[dict[str, np.ndarray]]
     documents: list[list[list[Document]]]
+    targets: list[int]
 
     @property
     def num_targets(self) -> int:
-        return sum(num_targets(batch) for batch in self.micro_batches)
-
-
-def num_targets(batch: dict[str, np.ndarray]) -> int:
-    """Tokens of a batch that carry loss."""
-    return int((batch["targets"] >= 0).sum())
+        return sum(self.targets)
 
 
 def steps_in(plan: RowPlan, rows_per_step: int) -> int:
@@ -92,7 +88,7 @@ def batches(
     wanted = ((index, rows_of(plan, index, rows_per_step, rank, world_size)) for index in indices)
     if num_workers == 0:
         for index, rows in wanted:
-            yield _assemble(index, [_build(plan, row) for row in rows], micro_batch)
+            yield _assemble(plan, index, [_build(plan, row) for row in rows], micro_batch)
         return
     pool = ThreadPoolExecutor(num_workers, thread_name_prefix="rows")
     pending: deque[tuple[int, list[Future]]] = deque()
@@ -101,10 +97,10 @@ def batches(
             pending.append((index, [pool.submit(_build, plan, row) for row in rows]))
             if len(pending) > STEPS_AHEAD:
                 index, futures = pending.popleft()
-                yield _assemble(index, [future.result() for future in futures], micro_batch)
+                yield _assemble(plan, index, [future.result() for future in futures], micro_batch)
         while pending:
             index, futures = pending.popleft()
-            yield _assemble(index, [future.result() for future in futures], micro_batch)
+            yield _assemble(plan, index, [future.result() for future in futures], micro_batch)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -113,10 +109,8 @@ def _build(plan: RowPlan, row: int) -> tuple[dict[str, np.ndarray], list[Documen
     return plan.row(row) if row >= 0 else (plan.empty_row(), [])
 
 
-def _assemble(index: int, built: list, micro_batch: int) -> Step:
+def _assemble(plan: RowPlan, index: int, built: list, micro_batch: int) -> Step:
     groups = [built[i : i + micro_batch] for i in range(0, len(built), micro_batch)]
-    return Step(
-        index,
-        [stack_rows([row for row, _ in group]) for group in groups],
-        [[documents for _, documents in group] for group in groups],
-    )
+    micro_batches = [stack_rows([row for row, _ in group]) for group in groups]
+    documents = [[documents for _, documents in group] for group in groups]
+    return Step(index, micro_batches, documents, [plan.num_targets(batch) for batch in micro_batches])

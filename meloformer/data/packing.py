@@ -74,23 +74,29 @@ def split_pieces(corpus: Corpus, data: DataConfig) -> tuple[dict[str, np.ndarray
     if not len(pieces):
         raise UserError(f"data.max_bars is {data.max_bars}: every piece of {corpus.path} has more bars; raise it")
     clusters = corpus.index["cluster"][pieces]
-    place = uniform(data.validation_seed, 0, "split", clusters)
-    held_out = place < data.validation_fraction
-    if data.validation_fraction > 0 and (held_out.all() or not held_out.any()):
-        names, first = np.unique(clusters, return_index=True)
-        if len(names) < 2:
-            raise UserError(
-                f"{corpus.path}: all pieces are near-duplicates of one another, so none can be held out; "
-                "preprocess more MIDI files, or give --validation_fraction 0"
-            )
-        order = place[first].argsort(kind="stable")
-        nearest = names[order[0] if not held_out.any() else order[-1]]
-        held_out = (clusters == nearest) ^ held_out.all()
+    held_out = hold_out(clusters, data.validation_fraction, data.validation_seed, str(corpus.path))
     train = pieces[~held_out]
     if data.max_samples is not None:
         content = corpus.index["content_hash"][train]
         train = np.sort(train[mix(content).argsort(kind="stable")][: data.max_samples])
     return {"train": train, "validation": pieces[held_out]}, skipped
+
+
+def hold_out(clusters: np.ndarray, fraction: float, seed: int, where: str) -> np.ndarray:
+    """(pieces,) bool: about `fraction` of the clusters, whole, and at least one on either side; none for fraction 0."""
+    place = uniform(seed, 0, "split", clusters)
+    held_out = place < fraction
+    if fraction > 0 and (held_out.all() or not held_out.any()):
+        names, first = np.unique(clusters, return_index=True)
+        if len(names) < 2:
+            raise UserError(
+                f"{where}: all pieces are near-duplicates of one another, so none can be held out; "
+                "give more MIDI files, or --validation_fraction 0"
+            )
+        order = place[first].argsort(kind="stable")
+        nearest = names[order[0] if not held_out.any() else order[-1]]
+        held_out = (clusters == nearest) ^ held_out.all()
+    return held_out
 
 
 class RowPlan:
@@ -241,6 +247,15 @@ class RowPlan:
     def empty_row(self) -> dict[str, np.ndarray]:
         """A row of padding."""
         return make_row([], self.corpus.vocabulary, self.data.max_seq_len, self.data.max_segments)
+
+    def num_targets(self, batch: dict[str, np.ndarray]) -> int:
+        """What a batch of such rows is divided by."""
+        return num_targets(batch)
+
+
+def num_targets(batch: dict[str, np.ndarray]) -> int:
+    """Tokens of a batch that carry loss."""
+    return int((batch["targets"] >= 0).sum())
 
 
 def pack(windows: np.ndarray, order: np.ndarray, max_tokens: int, max_segments: int) -> list[list[int]]:

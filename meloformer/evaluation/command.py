@@ -28,7 +28,8 @@ from meloformer.errors import UserError
 from meloformer.evaluation.baselines import evaluate_baselines
 from meloformer.evaluation.likelihood import evaluate_likelihood, split_batches
 from meloformer.files import write_atomic
-from meloformer.model.transformer import MeloFormer, find_pretrained
+from meloformer.model import MeloFormer
+from meloformer.pretrained import find_pretrained
 from meloformer.training.checkpoint import read_state
 
 EVALUATION = "evaluation.json"

@@ -12,7 +12,6 @@ list costs nothing.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -27,7 +26,6 @@ from meloformer.config import GenerateConfig
 from meloformer.device import choose_device
 from meloformer.errors import UserError
 from meloformer.evaluation.plots import piano_roll, require_matplotlib
-from meloformer.files import write_atomic
 from meloformer.generation.engine import Sample, generate
 from meloformer.generation.prompt import (
     Prompt,
@@ -45,8 +43,7 @@ from meloformer.hid import Family
 from meloformer.midi import read_score, write_midi
 from meloformer.midi.general_midi import instrument_name, parse_instrument
 from meloformer.model import MeloFormer
-
-REPORT = "generation.json"
+from meloformer.report import earlier_runs, refuse_taken, write_report
 
 
 @dataclass
@@ -71,13 +68,9 @@ def run(config: GenerateConfig) -> None:
     config.validate()
     request, paths = read_request(config), read_prompts(config)
     output = Path(config.output)
-    runs = _earlier_runs(output)
+    runs = earlier_runs(output)
     names = _names(config, paths)
-    taken = {sample["file"] for run in runs for sample in run["samples"]} & {
-        f"{name}.mid" for group in names for name in group
-    }
-    if taken:
-        raise UserError(f"{output / min(taken)} is there already: choose another --seed or --output")
+    refuse_taken(output, runs, (name for group in names for name in group))
     if config.plot:
         require_matplotlib()
     synthesizer = Synthesizer(config.soundfont) if config.wav else None
@@ -93,7 +86,7 @@ def run(config: GenerateConfig) -> None:
         samples, seconds = _generate(model, job, config, max_length)
         changes = [_write(job, name, sample, config, synthesizer) for name, sample in zip(job.names, samples)]
         runs.append(_record(job, samples, changes, seconds, config))
-        write_atomic(output / REPORT, json.dumps({"runs": runs}, indent=1).encode())
+        write_report(output, runs)
 
 
 def _generate(model: MeloFormer, job: Job, config: GenerateConfig, max_length: int) -> tuple[list[Sample], float]:
@@ -266,12 +259,3 @@ def _names(config: GenerateConfig, paths: list[str]) -> list[list[str]]:
         seen[stem] += 1
         heads.append(f"{stem}_" if seen[stem] == 1 else f"{stem}_{seen[stem]}_")
     return [[f"{head}seed{config.seed}_{i:03d}" for i in range(config.num_samples)] for head in heads or [""]]
-
-
-def _earlier_runs(output: Path) -> list[dict]:
-    if not (output / REPORT).exists():
-        return []
-    try:
-        return json.loads((output / REPORT).read_text(encoding="utf-8"))["runs"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{output / REPORT} is not this program's: choose another --output") from None

@@ -45,9 +45,10 @@ from meloformer.model.attention import (
 from meloformer.model.block_table import order_of
 from meloformer.model.layers import FeedForward, RMSNorm, Rotary, rotate
 from meloformer.model.masks import AttentionRule, Fields, dense_mask, joint_fields
+from meloformer.pretrained import CONFIG, WEIGHTS, find_pretrained, read_about
 
 FORMAT = 1
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+FAMILY = "meloformer"
 NUM_INSTRUMENTS = 130  # 0..127, drums, and none (annotation -1) last
 NUM_ORDINALS = 17  # 0..15, later ones share 15, and none last
 
@@ -317,6 +318,7 @@ class MeloFormer(nn.Module):
         state = {name: tensor.contiguous().cpu() for name, tensor in self.state_dict().items()}
         write_atomic(folder / WEIGHTS, save_tensors(state))
         about = {
+            "family": FAMILY,
             "format": FORMAT,
             "model": self.config.to_dict(),
             "vocabulary": self.vocabulary.to_dict(),
@@ -331,7 +333,7 @@ class MeloFormer(nn.Module):
         UserError where there is none, where a file is damaged, or where it was trained on another `vocabulary`.
         """
         folder = find_pretrained(folder)
-        about = _read_config(folder / CONFIG)
+        about = read_about(folder / CONFIG, FAMILY, {"model", "vocabulary", "max_seq_len"}, FORMAT)
         saved = Vocabulary.from_dict(about["vocabulary"], str(folder / CONFIG))
         if vocabulary is not None and saved != vocabulary:
             raise UserError(
@@ -346,30 +348,3 @@ class MeloFormer(nn.Module):
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{folder / WEIGHTS}: cannot be loaded ({reason}); take another checkpoint") from None
         return model.eval()
-
-
-def find_pretrained(folder: str | Path) -> Path:
-    """`folder` if it holds a model, else the checkpoint that its `best` or `latest` names; UserError if neither."""
-    folder = Path(folder)
-    if (folder / CONFIG).is_file():
-        return folder
-    for checkpoints in (folder / "checkpoints", folder):
-        for name in ("best", "latest"):
-            pointer = checkpoints / name
-            if pointer.is_file():
-                target = checkpoints / pointer.read_text(encoding="utf-8").strip()
-                if (target / CONFIG).is_file():
-                    return target
-    raise UserError(f"{folder}: no model there; give a run's folder or one of its checkpoints ({CONFIG}, {WEIGHTS})")
-
-
-def _read_config(path: Path) -> dict:
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: unreadable ({error}); take another checkpoint") from None
-    if not isinstance(about, dict) or not {"format", "model", "vocabulary", "max_seq_len"} <= about.keys():
-        raise UserError(f"{path}: not a model's config (keys format, model, vocabulary, max_seq_len expected)")
-    if about["format"] != FORMAT:
-        raise UserError(f"{path}: model format {about['format']!r}, this code reads {FORMAT}")
-    return about

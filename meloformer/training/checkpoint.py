@@ -6,6 +6,8 @@
                                                                   and the sha256 of the other files and of itself
     checkpoints/latest, best     text files holding the name of a step's folder and a newline
 
+A folder's name begins with its step; a family may add how good it is (step_00005000-val_loss_0.0234).
+
 A folder is written aside (`.step_00000500.tmp`), synced, and renamed into place; then `latest` is moved to it. `latest`
 is the commit point: a folder newer than it is the rest of a save that was killed, or of a branch that was left
 by resuming further back, and the next save removes it. Text files rather than symlinks, because
@@ -14,7 +16,8 @@ they survive every file system, archive and copy.
 >>> newest(Path("runs/base/checkpoints"))   # doctest: +SKIP
 PosixPath('runs/base/checkpoints/step_00000500')
 
-What surprises: the folder of the best validation is never removed, so a run holds up to keep_last + 1 checkpoints.
+What surprises: the folders of the best validations are never removed, so a run holds up to keep_last + 1 checkpoints,
+or as many more as its family ranks.
 """
 
 from __future__ import annotations
@@ -33,18 +36,15 @@ from torch import Tensor
 
 from meloformer.errors import UserError
 from meloformer.files import checksum, sync_directory, write_atomic
+from meloformer.pretrained import follow_pointer
 
 FORMAT = 1
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
-STEP_FOLDER = re.compile(r"step_(\d{8,})")
+STEP_FOLDER = re.compile(r"step_(\d{8,})(-val_loss_\d+\.\d+)?")
 
 
 class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, or could not be written."""
-
-
-def step_folder(step: int) -> str:
-    return f"step_{step:08d}"
 
 
 def step_of(folder: Path) -> int:
@@ -53,11 +53,16 @@ def step_of(folder: Path) -> int:
     return int(match.group(1)) if match else -1
 
 
-def all_steps(checkpoints: Path) -> list[int]:
-    """Steps of the folders that are there, ascending."""
+def all_folders(checkpoints: Path) -> dict[int, Path]:
+    """The folders that are there by step, ascending."""
     if not checkpoints.is_dir():
-        return []
-    return sorted(step_of(folder) for folder in checkpoints.iterdir() if step_of(folder) >= 0)
+        return {}
+    return dict(sorted((step_of(folder), folder) for folder in checkpoints.iterdir() if step_of(folder) >= 0))
+
+
+def all_steps(checkpoints: Path) -> list[int]:
+    """Their steps."""
+    return list(all_folders(checkpoints))
 
 
 # --- pointers -------------------------------------------------------------------------------------------------
@@ -77,7 +82,7 @@ def write_pointer(checkpoints: Path, name: str, step: int | None) -> None:
     if step is None:
         (checkpoints / name).unlink(missing_ok=True)
     else:
-        write_atomic(checkpoints / name, f"{step_folder(step)}\n".encode())
+        write_atomic(checkpoints / name, f"{all_folders(checkpoints)[step].name}\n".encode())
 
 
 def committed(checkpoints: Path) -> list[Path]:
@@ -85,7 +90,7 @@ def committed(checkpoints: Path) -> list[Path]:
     latest = read_pointer(checkpoints, "latest")
     if latest is None:
         return []
-    return [checkpoints / step_folder(s) for s in reversed(all_steps(checkpoints)) if s <= step_of(latest)]
+    return [folder for step, folder in reversed(all_folders(checkpoints).items()) if step <= step_of(latest)]
 
 
 def newest(checkpoints: Path) -> Path | None:
@@ -98,19 +103,21 @@ def newest(checkpoints: Path) -> Path | None:
 
 def save(
     checkpoints: Path,
-    step: int,
+    name: str,
     save_model: Callable[[Path], None],
     optimizer: dict[str, Tensor],
     state: dict,
     keep_last: int,
-    best_step: int | None,
+    best_steps: list[int],
 ) -> Path:
     """Write one checkpoint and commit it, then remove what retention no longer wants; returns its folder.
 
+    `name` is the folder's (STEP_FOLDER), `best_steps` are those to keep for their validation, the best first.
     `save_model(folder)` writes the model's own files. Whatever is raised on the way, the checkpoints that were there
     stay whole and `latest` still names one of them.
     """
-    target = checkpoints / step_folder(step)
+    target = checkpoints / name
+    step, best_step = step_of(target), best_steps[0] if best_steps else None
     aside = checkpoints / f".{target.name}.tmp"
     replaced = checkpoints / f".{target.name}.old"
     try:
@@ -127,13 +134,13 @@ def save(
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
         sync_directory(aside)
-        if target.exists():  # newer than `latest`: nothing refers to it
-            os.replace(target, replaced)
+        if step in all_folders(checkpoints):  # newer than `latest`: nothing refers to it
+            os.replace(all_folders(checkpoints)[step], replaced)
         os.replace(aside, target)
         sync_directory(checkpoints)
         write_pointer(checkpoints, "latest", step)
         write_pointer(checkpoints, "best", best_step)
-        prune(checkpoints, step, keep_last, best_step)
+        prune(checkpoints, step, keep_last, best_steps)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{target}: the checkpoint could not be written ({error}); the earlier ones are whole: "
@@ -145,14 +152,14 @@ def save(
     return target
 
 
-def prune(checkpoints: Path, step: int, keep_last: int, best_step: int | None) -> None:
-    """Remove all but the `keep_last` folders up to `step` and the best one; folders beyond `step` are an old branch."""
-    steps = all_steps(checkpoints)
-    kept = {s for s in steps if s <= step} & ({*[s for s in steps if s <= step][-keep_last:], best_step})
-    for old in set(steps) - kept:
+def prune(checkpoints: Path, step: int, keep_last: int, best_steps: list[int]) -> None:
+    """Remove all but the `keep_last` folders up to `step` and the best; folders beyond `step` are an old branch."""
+    folders = all_folders(checkpoints)
+    kept = {s for s in folders if s <= step} & {*[s for s in folders if s <= step][-keep_last:], *best_steps}
+    for old in set(folders) - kept:
         # Renamed first: a folder that is killed half removed must not look like a checkpoint.
-        gone = checkpoints / f".{step_folder(old)}.gone"
-        os.replace(checkpoints / step_folder(old), gone)
+        gone = checkpoints / f".{folders[old].name}.gone"
+        os.replace(folders[old], gone)
         shutil.rmtree(gone)
 
 
@@ -209,8 +216,11 @@ def check(folder: Path) -> None:
 
 
 def find(path: str | Path) -> Path:
-    """The checkpoint that `path` names: itself, or the newest of a run's folder or of its checkpoints folder."""
-    path = Path(path)
+    """The checkpoint that `path` names: itself, what `checkpoints/latest` or `best` point at (.ckpt may stand behind
+    all of them), or the newest of a run's folder or of its checkpoints folder."""
+    path = follow_pointer(Path(path)) or Path(path)
+    if path.suffix == ".ckpt" and not path.exists():
+        path = path.with_suffix("")
     if step_of(path) >= 0 or (path / STATE).is_file():
         return path
     for checkpoints in (path / "checkpoints", path):

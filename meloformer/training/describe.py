@@ -1,6 +1,6 @@
 """What a run says of itself: the table before the first step, and the last line.
 
->>> print(describe(config, corpus, plan, validation, model, fixed, ranks))    # doctest: +SKIP
+>>> print(describe(config, family, plan, model, fixed, ranks))    # doctest: +SKIP
   model       small: 6 layers, d_model 256, 4 heads, d_ff 1792
   parameters  17,123,840
   ...
@@ -12,51 +12,37 @@ come on top and grow with the rows.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
-from meloformer.config import Config
-from meloformer.data import Corpus, RowPlan, steps_in
-from meloformer.data.packing import SKIP_REASONS
-from meloformer.model import MeloFormer
+from meloformer.config import LoopConfig
+from meloformer.data import steps_in
 from meloformer.training.distributed import Ranks
+from meloformer.training.family import Family
 from meloformer.training.logging import table
 from meloformer.training.run import Fixed, Progress
 from meloformer.training.signals import name_of
 
 
-def describe(
-    config: Config,
-    corpus: Corpus,
-    plan: RowPlan,
-    validation: RowPlan,
-    model: MeloFormer,
-    fixed: Fixed,
-    ranks: Ranks,
-) -> str:
+def describe(t: LoopConfig, family: Family, plan: Any, model: nn.Module, fixed: Fixed, ranks: Ranks) -> str:
     """The table before the first step."""
-    m, t, d = config.model, config.training, config.data
-    tokens = corpus.index["num_tokens"]
     per_epoch = steps_in(plan, fixed.rows_per_step)
-    used = int(fixed.rows_per_step * d.max_seq_len * plan.fill["tokens"])
     device = ranks.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     processes = f"{ranks.world_size} x " if ranks.world_size > 1 else ""
     # float32 weights, gradients and moments: two of AdamW, or Muon's one for the matrices
     moments = sum(p.numel() * (1 if t.optimizer == "muon" and p.ndim == 2 else 2) for p in model.parameters())
     memory = 4 * (2 * model.num_parameters() + moments) / 2**20
-    skipped = [f"{count:,} {SKIP_REASONS[reason]}" for reason, count in sorted(plan.skipped.items())]
-    notes = int(corpus.index["num_notes"].sum())
+    used = family.about_step(plan, fixed.rows_per_step)
     return table(
         [
-            ("model", f"{m.size}: {m.n_layer} layers, d_model {m.d_model}, {m.n_head} heads, d_ff {m.d_ff}"),
+            ("model", family.about_model()),
             ("parameters", f"{model.num_parameters():,}"),
-            ("data", f"{corpus.num_pieces:,} pieces, {notes:,} notes, {int(tokens.sum()):,} tokens in {d.data_dir}"),
-            ("training", f"{len(plan.pieces):,} pieces in {plan.num_rows:,} rows of {d.max_seq_len:,} tokens"),
-            ("held out", f"{len(validation.pieces):,} pieces in {validation.num_rows:,} rows"),
-            ("skipped", "; ".join(skipped) or "nothing"),
+            *family.about_data(plan),
             ("memory", f"{memory:,.0f} MiB of weights, gradients and moments, activations apart"),
-            ("a step", f"{processes}{t.batch_size} x {t.gradient_accumulation_steps} rows, about {used:,} tokens"),
+            ("a step", f"{processes}{t.batch_size} x {t.gradient_accumulation_steps} rows, {used}"),
             ("steps", f"{fixed.max_steps:,}, about {per_epoch:,} an epoch"),
             ("optimizer", f"{t.optimizer}, learning rate {t.learning_rate:g} to {t.min_lr:g}"),
             ("device", f"{processes}{device.type}, {where}, {fixed.precision}"),
@@ -65,12 +51,12 @@ def describe(
     )
 
 
-def last_words(folder: Path, fixed: Fixed, progress: Progress, signal_number: int) -> str:
+def last_words(folder: Path, family: Family, fixed: Fixed, progress: Progress, signal_number: int) -> str:
     if signal_number and progress.step < fixed.max_steps:
         name = name_of(signal_number)
         return f"{name}: saved at step {progress.step} of {fixed.max_steps}; go on with --resume auto"
     early = f", {progress.waited} validations without a better one" if progress.step < fixed.max_steps else ""
     best = ""
-    if progress.best_step is not None:
-        best = f"; best validation {progress.best_nats_per_note:.3f} nats a note, at step {progress.best_step}"
+    if progress.best_score is not None:
+        best = f"; best validation {family.score_words(progress.best_score)}, at step {progress.best_step}"
     return f"finished {progress.step} steps{early}{best}\npython generate.py --checkpoint {folder} --output out"

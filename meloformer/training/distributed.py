@@ -179,6 +179,12 @@ def joined(device_name: str) -> Iterator[Ranks]:
     """
     rank, world_size = rank_and_size()
     if world_size == 1:
+        if "," in device_name:
+            count = len(device_name.split(","))
+            raise UserError(
+                f"devices is {device_name!r}, and this is one process; start {count} with torchrun "
+                f"--nproc_per_node={count} train.py .., or name one GPU"
+            )
         yield Ranks(device=choose_device(device_name))
         return
     store, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))

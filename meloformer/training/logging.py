@@ -18,6 +18,7 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from meloformer.errors import UserError
@@ -27,9 +28,11 @@ METRICS = "metrics.jsonl"
 
 
 class RunLog:
-    """The places that a record goes to. `step` is the one that the run continues from."""
+    """The places that a record goes to. `step` is the one that the run continues from, `unit` what has a loss, and
+    `tags` TensorBoard's names of numbers where they are others than kind/name."""
 
-    def __init__(self, run: Path, step: int, max_steps: int):
+    def __init__(self, run: Path, step: int, max_steps: int, unit: str = "tokens", tags: dict[str, str] | None = None):
+        self.unit, self.tags = unit, tags or {}
         cut_back(run / METRICS, step)
         self.file = open(run / METRICS, "a", encoding="utf-8")  # noqa: SIM115  (closed in close)
         self.board = open_tensorboard(run, step)
@@ -49,28 +52,21 @@ class RunLog:
         nan = float("nan")  # null in the record where every update was skipped
         loss, grad_norm = (nan if record[name] is None else record[name] for name in ("loss", "grad_norm"))
         self.bar.set_postfix_str(
-            f"loss {loss:.3f}, lr {record['lr']:.1e}, grad {grad_norm:.2f}, {record['tokens_per_second']:,.0f} tok/s",
+            f"loss {loss:.3f}, lr {record['lr']:.1e}, grad {grad_norm:.2f}, "
+            f"{record[f'{self.unit}_per_second']:,.0f} {self.unit}/s",
             refresh=False,
         )
 
-    def validation(self, record: dict) -> None:
+    def validation(self, record: dict, line: str) -> None:
         self._write({"kind": "validation", **record})
-        by_type = "  ".join(f"{name} {entry['nats_per_token']:.2f}" for name, entry in record["by_type"].items())
-        by_task = "  ".join(f"{name} {nats:.2f}" for name, nats in record["by_task"].items())
-        self.say(
-            f"step {record['step']:>6}  validation: {record['nats_per_note']:.3f} nats a note, "
-            f"{record['nats_per_bar']:.1f} a bar;  a token: {by_type}"
-            + (f";  a note to fill in: {by_task}" if by_task else "")
-        )
+        self.say(f"step {record['step']:>6}  validation: {line}")
 
-    def preview(self, step: int, files: list[Path]) -> None:
-        """Say where a generated piece is; its picture goes to TensorBoard too."""
+    def preview(self, step: int, files: list[Path], images: dict[str, np.ndarray]) -> None:
+        """Say where generated pieces are; `images`, (H, W, 3) uint8 by tag, go to TensorBoard."""
         self.say(f"step {step:>6}  sample: {', '.join(map(str, files))}")
-        pictures = [file for file in files if file.suffix == ".png"]
-        if self.board is not None and pictures:
-            from matplotlib.image import imread
-
-            self.board.add_image("sample", imread(pictures[0])[..., :3], step, dataformats="HWC")
+        if self.board is not None:
+            for tag, image in images.items():
+                self.board.add_image(tag, image, step, dataformats="HWC")
 
     def advance(self) -> None:
         self.bar.update()
@@ -106,7 +102,8 @@ class RunLog:
             raise self._cannot_write(error) from None
         if self.board is not None:
             for name, value in flatten(record):
-                self.board.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+                tag = f"{record['kind']}/{name}"
+                self.board.add_scalar(self.tags.get(tag, tag), value, record["step"])
 
 
 class SilentLog:

@@ -1,11 +1,12 @@
-"""The training loop: `train(config)` reads top to bottom.
+"""The training loop: `train(config)` reads top to bottom, whatever model it trains (meloformer.training.family).
 
-In: a `Config`. Out: the run's folder (meloformer.training.run), whose checkpoints `MeloFormer.from_pretrained` opens.
+In: a family's config. Out: the run's folder (meloformer.training.run), whose checkpoints the model's `from_pretrained`
+opens.
 
 >>> train(Config(data=DataConfig(data_dir="processed"), model=ModelConfig(size="small")))   # doctest: +SKIP
 
 A step is one update: on each of the run's processes (meloformer.training.distributed) `gradient_accumulation_steps`
-micro-steps of `batch_size` rows. The loss is the sum of nats over the step, divided by its number of target tokens on
+micro-steps of `batch_size` rows. The loss is the sum of nats over the step, divided by its number of targets on
 all processes, which is known before the first backward pass; gradients are summed over processes once, after the last.
 So however a step is divided into processes and micro-steps, it is the same step.
 
@@ -16,6 +17,8 @@ step, rank), and that is why a resumed run has the same losses, bit for bit on a
 from __future__ import annotations
 
 import math
+import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
@@ -26,16 +29,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from meloformer.config import Config
-from meloformer.data import Corpus, RowPlan, Step, batches, steps_in
+from meloformer.data import Step, batches, steps_in
 from meloformer.device import autocast, choose_precision
 from meloformer.errors import UserError
-from meloformer.evaluation.likelihood import evaluate_likelihood, split_batches
-from meloformer.evaluation.tasks import Tasks
-from meloformer.model import MeloFormer
+from meloformer.families import open_family
+from meloformer.settings import Settings
 from meloformer.training import checkpoint, run
 from meloformer.training.describe import describe, last_words
 from meloformer.training.distributed import Ranks, joined
+from meloformer.training.family import Family
 from meloformer.training.logging import RunLog, SilentLog
 from meloformer.training.optimizer import (
     build_optimizers,
@@ -43,7 +45,6 @@ from meloformer.training.optimizer import (
     optimizer_tensors,
     set_learning_rate,
 )
-from meloformer.training.preview import write_preview
 from meloformer.training.run import Fixed, Progress
 from meloformer.training.schedule import learning_rate
 from meloformer.training.signals import StopSignals
@@ -53,9 +54,12 @@ class TrainingError(UserError):
     """A run that cannot go on."""
 
 
-def train(config: Config) -> None:
+def train(config: Settings) -> None:
     """Train to max_steps, or until a signal; either way the last step is saved."""
     with joined(config.training.device) as ranks, ExitStack() as held:
+        if config.training.fast_dev_run and ranks.is_main:
+            config.training.output_dir = tempfile.mkdtemp(prefix="fast_dev_run_")
+            held.callback(shutil.rmtree, config.training.output_dir, ignore_errors=True)
         try:
             train_rank(config, ranks, held)
         except OSError as error:  # a disk that is full or gone; checkpoints and logs have said so in their own words
@@ -65,9 +69,9 @@ def train(config: Config) -> None:
             ) from error
 
 
-def train_rank(config: Config, ranks: Ranks, held: ExitStack) -> None:
+def train_rank(config: Settings, ranks: Ranks, held: ExitStack) -> None:
     """`train` in one of the run's processes. `held` keeps the lock of the run's folder, once it is taken."""
-    settings = config.training
+    settings, family = config.training, open_family(config)
     device = ranks.device
     folder = Path(settings.output_dir)
     checkpoints = folder / "checkpoints"
@@ -75,6 +79,7 @@ def train_rank(config: Config, ranks: Ranks, held: ExitStack) -> None:
 
     # --- from the start, or from where it stopped: only the main rank need see the run's folder
 
+    settings.resume, settings.init_from = ranks.broadcast(family.begin() if ranks.is_main else None)
     start = run.find_start(folder, settings.resume) if ranks.is_main else None
     found = ranks.broadcast({"folder": str(start), **checkpoint.read_state(start)} if start else None)
     progress = Progress()
@@ -82,8 +87,8 @@ def train_rank(config: Config, ranks: Ranks, held: ExitStack) -> None:
         start = Path(found["folder"])
         fixed, progress, saved = run.parse_state(start, found)
         if settings.init_from:
-            config.model = run.adopt(config.model, saved["model"], str(start))
-        run.refuse_changes(start, fixed, saved, config, rows_per_step)
+            family.adopt(saved["model"], str(start))
+        run.refuse_changes(start, fixed, saved, config, rows_per_step, family.free)
         if progress.step >= fixed.max_steps or 0 < settings.patience <= progress.waited:
             if ranks.is_main:
                 print(f"{folder}: finished, at step {progress.step} of {fixed.max_steps}; nothing to resume")
@@ -91,34 +96,26 @@ def train_rank(config: Config, ranks: Ranks, held: ExitStack) -> None:
 
     # --- data, model, optimizer
 
-    corpus = Corpus(config.data.data_dir)
-    plan = RowPlan(corpus, config.data, settings.seed, progress.epoch, "train")
-    validation = RowPlan(corpus, config.data, settings.seed, 0, "validation")
-    if plan.num_rows == 0:
-        raise UserError(f"{config.data.data_dir}: no music is left to train on; see data.max_bars and data.max_samples")
-    if settings.patience and validation.num_rows == 0:
-        raise UserError(
-            f"training.patience is {settings.patience}, and nothing is held out; raise --validation_fraction"
-        )
+    plan = family.open_data(progress.epoch)
     if start is None:
         precision = choose_precision(settings.precision, device)
         fixed = Fixed(
             max_steps=settings.max_steps or settings.epochs * steps_in(plan, rows_per_step),
             rows_per_step=rows_per_step,
             precision="bf16" if precision == torch.bfloat16 else "fp32",
-            data_hash=corpus.hash,
+            data_hash=family.data_hash,
         )
         fixed = Fixed(**ranks.broadcast(asdict(fixed)))
-    run.refuse_other_data(start or f"{folder} on the first process", fixed, corpus.hash, config.data.data_dir)
+    run.refuse_other_data(start or f"{folder} on the first process", fixed, family.data_hash, family.data_from)
     precision = choose_precision(fixed.precision, device)
 
     torch.manual_seed(settings.seed)
     pretrained = None
     if start is None and settings.init_from:
-        pretrained = MeloFormer.from_pretrained(settings.init_from, corpus.vocabulary) if ranks.is_main else None
+        pretrained = family.open_pretrained(settings.init_from) if ranks.is_main else None
         theirs = ranks.broadcast(pretrained.config.to_dict() if ranks.is_main else None)
-        config.model = run.adopt(config.model, theirs, settings.init_from)
-    model = MeloFormer(config.model, corpus.vocabulary, config.data.max_seq_len).to(device)
+        family.adopt(theirs, settings.init_from)
+    model = family.build().to(device)
     optimizers = build_optimizers(
         model, settings.optimizer, settings.learning_rate, settings.weight_decay, (settings.beta1, settings.beta2)
     )
@@ -135,23 +132,22 @@ def train_rank(config: Config, ranks: Ranks, held: ExitStack) -> None:
         load_weights(model, ranks.broadcast_tensors(read(ranks, start, checkpoint.MODEL)), start / checkpoint.MODEL)
         tensors = ranks.broadcast_tensors(read(ranks, start, checkpoint.OPTIMIZER))
         load_optimizer_tensors(model, optimizers, tensors, str(start / checkpoint.OPTIMIZER))
-    model.gradient_checkpointing = settings.gradient_checkpointing
-    if settings.compile:
-        model.compile_layers()
+    family.ready(model)
     if ranks.is_main:
         if start is not None:
             run.enter(folder, start, progress)
             print(f"resuming {start}")
-        print(describe(config, corpus, plan, validation, model, fixed, ranks), flush=True)
+        print(describe(settings, family, plan, model, fixed, ranks), flush=True)
 
     # --- the loop
 
     warmup_steps = min(settings.warmup_steps, fixed.max_steps // 10)
     parameters = [p for p in model.parameters() if p.requires_grad]
     train_seconds, train_targets = 0.0, 0  # since the last line of the log; validation and saving apart
-    steps = endless_steps(corpus, config, plan, progress, rows_per_step, ranks)
-    tasks = Tasks(corpus, config.data)
-    log = RunLog(folder, progress.step, fixed.max_steps) if ranks.is_main else SilentLog()
+    steps = endless_steps(family, plan, progress, rows_per_step, ranks)
+    log = (
+        RunLog(folder, progress.step, fixed.max_steps, family.unit, family.board_tags) if ranks.is_main else SilentLog()
+    )
     model.train()
     with StopSignals(echoes=ranks.world_size > 1) as stop, closing(log), closing(steps):
         stopping, waited_long = 0, False
@@ -164,7 +160,8 @@ def train_rank(config: Config, ranks: Ranks, held: ExitStack) -> None:
             if config.model.dropout:
                 torch.manual_seed(dropout_seed(settings.seed, progress.step, ranks.rank))
             num_targets = ranks.sum(step.num_targets)
-            loss = ranks.sum_tensor(accumulate(model, step, precision, num_targets))
+            metrics: dict[str, torch.Tensor] = {}
+            loss = ranks.sum_tensor(accumulate(model, step, precision, num_targets, metrics))
             ranks.sum_gradients(parameters)
             grad_norm = nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
             loss, grad_norm = torch.stack([loss, grad_norm]).tolist()  # the step's only wait for the device
@@ -186,11 +183,11 @@ def train_rank(config: Config, ranks: Ranks, held: ExitStack) -> None:
                 progress.skipped_in_a_row += 1
                 log.say(f"step {progress.step}: loss {loss}, gradient norm {grad_norm}; the update is skipped")
                 if progress.skipped_in_a_row >= settings.max_nonfinite_steps:
-                    rows = ", ".join(filter(None, ranks.gather(coordinates(corpus, step))))
+                    rows = ", ".join(filter(None, ranks.gather(family.coordinates(step))))
                     raise TrainingError(
                         f"step {progress.step}, epoch {epoch}: {progress.skipped_in_a_row} updates in a row had a "
                         f"loss or gradient that is not finite; the last rows were {rows}; "
-                        "lower --learning_rate, or go back with --resume"
+                        f"lower --{config.flag('training.learning_rate')}, or go back with --resume"
                     )
             train_seconds += time.perf_counter() - started
             train_targets += num_targets
@@ -198,6 +195,7 @@ def train_rank(config: Config, ranks: Ranks, held: ExitStack) -> None:
 
             is_last = progress.step == fixed.max_steps
             if progress.step % settings.log_interval == 0 or is_last:
+                statistics = family.statistics(metrics, ranks)
                 log.train(
                     {
                         "step": progress.step,
@@ -206,7 +204,8 @@ def train_rank(config: Config, ranks: Ranks, held: ExitStack) -> None:
                         "lr": lr,
                         "grad_norm": grad_norm if finite else None,
                         "skipped": progress.skipped,
-                        "tokens_per_second": train_targets / train_seconds,
+                        f"{family.unit}_per_second": train_targets / train_seconds,
+                        **statistics,
                     }
                 )
                 progress.nats, progress.targets = 0.0, 0
@@ -214,71 +213,79 @@ def train_rank(config: Config, ranks: Ranks, held: ExitStack) -> None:
 
             # Asked once a step, and of all ranks: what comes later, or to another rank, waits for the next step.
             stopping = ranks.highest(stop.requested)
-            improved = False
-            if (progress.step % settings.val_interval == 0 or is_last) and validation.num_rows and not stopping:
-                share = (ranks.rank, ranks.world_size)
-                held_out = split_batches(validation, settings.batch_size, settings.val_max_rows, *share)
-                likelihood = evaluate_likelihood(model, held_out, precision, ranks.sum_arrays)
-                by_task = {}
-                if settings.val_task_rows:
-                    rows = (settings.batch_size, settings.val_task_rows)
-                    by_task = tasks.evaluate(model, *rows, precision, *share, ranks.sum_arrays)
-                log.validation({"step": progress.step, **likelihood, "by_task": by_task})
-                best = progress.best_nats_per_note
-                improved = best is None or likelihood["nats_per_note"] < best
+            save_due = progress.step % settings.save_interval == 0
+            # Where checkpoints are ranked, each needs a validation of its own.
+            due = progress.step % settings.val_interval == 0 or is_last or (save_due and family.keep_best > 1)
+            score, improved = None, False
+            if due and family.validation.num_rows and not stopping:
+                result = family.evaluate(model, precision, ranks)
+                log.validation({"step": progress.step, **result}, family.validation_line(result))
+                score = family.score(result)
+                improved = progress.best_score is None or score < progress.best_score
                 progress.waited = 0 if improved else progress.waited + 1
                 waited_long = 0 < settings.patience <= progress.waited
-                if improved:
-                    progress.best_step, progress.best_nats_per_note = progress.step, likelihood["nats_per_note"]
 
             due = settings.sample_interval and progress.step % settings.sample_interval == 0
             if due and ranks.is_main and not stopping:
-                log.preview(progress.step, write_preview(model, folder / "samples", progress.step, settings.seed))
+                preview = family.preview(model, folder, progress.step)
+                log.preview(progress.step, preview.files, preview.images)
 
-            to_save = improved or is_last or stopping or waited_long or progress.step % settings.save_interval == 0
+            to_save = improved or is_last or stopping or waited_long or save_due
+            if to_save and score is not None:
+                progress.rank(score, family.keep_best)
             if to_save and ranks.is_main:
                 log.sync()
                 checkpoint.save(
                     checkpoints,
-                    progress.step,
+                    family.checkpoint_name(progress.step, score),
                     model.save_pretrained,
                     optimizer_tensors(model, optimizers),
                     run.state_dict(fixed, progress, config),
                     settings.keep_last,
-                    progress.best_step,
+                    [step for _, step in progress.ranking],
                 )
 
     if ranks.is_main:
-        print(last_words(folder, fixed, progress, stopping), flush=True)
+        print(last_words(folder, family, fixed, progress, stopping), flush=True)
 
 
 # --- a step -----------------------------------------------------------------------------------------------------
 
 
-def accumulate(model: MeloFormer, step: Step, precision: torch.dtype, num_targets: int) -> torch.Tensor:
+def accumulate(
+    model: nn.Module,
+    step: Step,
+    precision: torch.dtype,
+    num_targets: int,
+    metrics: dict[str, torch.Tensor] | None = None,
+) -> torch.Tensor:
     """Backward passes of a rank's micro-batches; returns its part of the step's loss, nats per target, a 0-d tensor.
 
     `num_targets` is the number of targets of all ranks. A rank may have nothing but padding, at the end of an epoch.
+    What the model says beside its loss is added up in `metrics`.
     """
     num_targets = max(num_targets, 1)
     loss = torch.zeros((), device=model.device)
-    for batch in step.micro_batches:
-        if not (batch["document"] >= 0).any():
+    for batch, targets in zip(step.micro_batches, step.targets):
+        if not targets:
             continue
         inputs = model.prepare(batch)
         with autocast(model.device, precision):
-            nats, _, _ = model.training_loss(inputs)
+            nats, _, parts = model.training_loss(inputs)
         nats = nats / num_targets
         nats.backward()
         loss += nats.detach()
+        if metrics is not None:
+            for name, value in parts.items():
+                metrics[name] = metrics[name] + value if name in metrics else value
     return loss
 
 
 def endless_steps(
-    corpus: Corpus, config: Config, plan: RowPlan, progress: Progress, rows_per_step: int, ranks: Ranks
+    family: Family, plan, progress: Progress, rows_per_step: int, ranks: Ranks
 ) -> Iterator[tuple[int, bool, Step]]:
     """(epoch, whether it is the epoch's last, step), from where `progress` stands on. `plan` is that epoch's."""
-    settings = config.training
+    settings = family.settings
     epoch, first_step = progress.epoch, progress.step_in_epoch
     while True:
         last = steps_in(plan, rows_per_step) - 1
@@ -295,7 +302,7 @@ def endless_steps(
             for step in of_epoch:
                 yield epoch, step.index == last, step
         epoch, first_step = epoch + 1, 0
-        plan = RowPlan(corpus, config.data, settings.seed, epoch, "train")
+        plan = family.plan(epoch)
 
 
 def dropout_seed(seed: int, step: int, rank: int) -> int:
@@ -303,22 +310,12 @@ def dropout_seed(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def coordinates(corpus: Corpus, step: Step) -> str:
-    """Pieces and bars of a step's rows, in words."""
-    return ", ".join(
-        f"{corpus.name(d.piece)} bars {d.first_bar}-{d.last_bar}"
-        for rows in step.documents
-        for documents in rows
-        for d in documents
-    )
-
-
 def read(ranks: Ranks, start: Path, name: str) -> dict[str, torch.Tensor] | None:
     """The tensors of one of a checkpoint's files, on the main rank; the others are sent them."""
     return checkpoint.read_tensors(start / name) if ranks.is_main else None
 
 
-def load_weights(model: MeloFormer, tensors: dict[str, torch.Tensor], where: object) -> None:
+def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor], where: object) -> None:
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:

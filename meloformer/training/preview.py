@@ -2,7 +2,7 @@
 
     runs/base/samples/step_00005000.mid, .png (with matplotlib)
 
->>> write_preview(model, Path("runs/base/samples"), step=5000, seed=0)   # doctest: +SKIP
+>>> write_preview(model, Path("runs/base/samples"), step=5000, seed=0).files   # doctest: +SKIP
 [PosixPath('runs/base/samples/step_00005000.mid'), PosixPath('runs/base/samples/step_00005000.png')]
 
 What surprises: every piece of a run is written from the same random numbers, so what differs between two of them
@@ -13,18 +13,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from meloformer.errors import UserError
 from meloformer.evaluation.plots import piano_roll, require_matplotlib
 from meloformer.generation import Request, Sampling, generate
 from meloformer.midi import write_midi
 from meloformer.model import MeloFormer
+from meloformer.training.family import Preview
 
 BARS = 8
 MAX_LENGTH = 1024  # tokens: about a minute on a CPU, for a model that has not learnt to end yet
 
 
-def write_preview(model: MeloFormer, folder: Path, step: int, seed: int) -> list[Path]:
-    """Generate one piece of BARS bars; returns the files written. The model is left in the mode it was in."""
+def write_preview(model: MeloFormer, folder: Path, step: int, seed: int) -> Preview:
+    """Generate one piece of BARS bars and write it. The model is left in the mode it was in."""
     folder.mkdir(exist_ok=True)
     was_training = model.training
     model.eval()
@@ -38,7 +41,9 @@ def write_preview(model: MeloFormer, folder: Path, step: int, seed: int) -> list
     try:
         require_matplotlib()
     except UserError:  # the piece itself needs no picture
-        return [midi]
+        return Preview([midi])
     picture = midi.with_suffix(".png")
     piano_roll(sample.score, picture, title=f"step {step}")
-    return [midi, picture]
+    from matplotlib.image import imread
+
+    return Preview([midi, picture], {"sample": np.rint(imread(picture)[..., :3] * 255).astype(np.uint8)})

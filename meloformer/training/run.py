@@ -18,26 +18,22 @@ import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from meloformer.config import Config, ModelConfig
 from meloformer.errors import UserError
+from meloformer.settings import Settings
 from meloformer.training import checkpoint
 from meloformer.training.logging import METRICS
 
 CONFIG, LOCK = "config.yaml", ".lock"
-# May differ between a run and its resumption: they change where and how fast, and what is written, not the losses.
-# batch_size and gradient_accumulation_steps are compared by their product, data_dir by the data's hash.
-FREE = {
-    "training": (
-        *("output_dir", "resume", "init_from", "device", "num_workers", "batch_size", "gradient_accumulation_steps"),
-        *("val_interval", "val_max_rows", "val_task_rows", "patience", "sample_interval", "save_interval", "keep_last"),
-        *("log_interval", "max_nonfinite_steps", "gradient_checkpointing", "compile"),
-    ),
-    "data": ("data_dir",),
-    "model": ("backend",),
-}
+# May differ between a run and its resumption, and so may what a family names: they change where and how fast, and what
+# is written, not the losses. batch_size and gradient_accumulation_steps are compared by their product, data by a hash.
+FREE = (
+    *("output_dir", "resume", "init_from", "device", "num_workers", "batch_size", "gradient_accumulation_steps"),
+    *("val_interval", "val_max_rows", "patience", "sample_interval", "save_interval", "keep_last", "log_interval"),
+    *("max_nonfinite_steps", "gradient_checkpointing"),
+)
 
 
 @dataclass
@@ -51,9 +47,20 @@ class Progress:
     skipped_in_a_row: int = 0
     nats: float = 0.0  # since the last line of metrics.jsonl, so that its mean comes out the same after resuming
     targets: int = 0
-    best_step: int | None = None
-    best_nats_per_note: float | None = None
+    ranking: list[list] = field(default_factory=list)  # [score, step] of the checkpoints kept for it, the best first
     waited: int = 0  # validations since the best one
+
+    @property
+    def best_score(self) -> float | None:
+        return self.ranking[0][0] if self.ranking else None
+
+    @property
+    def best_step(self) -> int | None:
+        return self.ranking[0][1] if self.ranking else None
+
+    def rank(self, score: float, keep: int) -> None:
+        """Take this step's checkpoint into the ranking, which holds `keep` at most; of equals the earlier first."""
+        self.ranking = sorted([*self.ranking, [score, self.step]])[:keep]
 
 
 @dataclass(frozen=True)
@@ -123,23 +130,33 @@ def locked(run: Path) -> Iterator[None]:
 def parse_state(folder: Path, state: dict) -> tuple[Fixed, Progress, dict]:
     """(Fixed, Progress, the config as a nested dict) of what a checkpoint's state.json says."""
     try:
-        return Fixed(**state["fixed"]), Progress(**state["progress"]), state["config"]
+        progress = dict(state["progress"])
+        if "best_nats_per_note" in progress:  # how the ranking stood here while it had one place
+            score, step = progress.pop("best_nats_per_note"), progress.pop("best_step")
+            progress["ranking"] = [] if step is None else [[score, step]]
+        return Fixed(**state["fixed"]), Progress(**progress), state["config"]
     except (KeyError, TypeError) as error:
         raise checkpoint.CheckpointError(f"{folder / checkpoint.STATE}: not a run's state ({error})") from None
 
 
-def state_dict(fixed: Fixed, progress: Progress, config: Config) -> dict:
+def state_dict(fixed: Fixed, progress: Progress, config: Settings) -> dict:
     """What `parse_state` reads back."""
     return {"fixed": asdict(fixed), "progress": asdict(progress), "config": config.to_dict()}
 
 
-def refuse_changes(folder: Path, fixed: Fixed, saved: dict, config: Config, rows_per_step: int) -> None:
-    """UserError for the first setting that would make the resumed run another one."""
+def refuse_changes(
+    folder: Path, fixed: Fixed, saved: dict, config: Settings, rows_per_step: int, free: dict[str, tuple[str, ...]]
+) -> None:
+    """UserError for the first setting that would make the resumed run another one. `free` ones, by section, may."""
     remedy = "give the old value, or start a new run in another --output_dir"
+    family = saved.get("family", "meloformer")
+    if config.family != family:
+        raise UserError(f"family is {config.family!r}, and {folder} was trained with {family!r}; {remedy}")
     for section, values in config.to_dict().items():
-        for name, value in values.items():
+        allowed = {*free.get(section, ()), *(FREE if section == "training" else ())}
+        for name, value in values.items() if isinstance(values, dict) else ():
             before = saved.get(section, {}).get(name, value)
-            if name in FREE[section] or before == value or (name == "precision" and value in ("auto", fixed.precision)):
+            if name in allowed or before == value or (name == "precision" and value in ("auto", fixed.precision)):
                 continue
             raise UserError(f"{section}.{name} is {value!r}, and {folder} was trained with {before!r}; {remedy}")
     if rows_per_step != fixed.rows_per_step:
@@ -149,30 +166,12 @@ def refuse_changes(folder: Path, fixed: Fixed, saved: dict, config: Config, rows
         )
 
 
-def refuse_other_data(folder: Path, fixed: Fixed, data_hash: str, data_dir: str) -> None:
+def refuse_other_data(folder: Path, fixed: Fixed, data_hash: str, data_from: str) -> None:
     if data_hash != fixed.data_hash:
         raise UserError(
-            f"{data_dir}: its data hash is {data_hash}, and {folder} was trained on {fixed.data_hash}; "
-            "give the --data_dir it was trained on, or start a new run in another --output_dir"
+            f"{data_from}: its data hash is {data_hash}, and {folder} was trained on {fixed.data_hash}; "
+            f"give the {data_from.split()[0]} it was trained on, or start a new run in another --output_dir"
         )
-
-
-def adopt(model: ModelConfig, saved: dict, where: str) -> ModelConfig:
-    """The settings of a model whose weights are taken over from `where`.
-
-    A setting at its default follows the saved one; another that differs is refused. Dropout and the backend hold no
-    weights, and stay as they are given.
-    """
-    default = {**asdict(ModelConfig(size=model.size)), "size": ModelConfig().size}
-    default["d_ff"] = replace(model, d_ff=None).d_ff  # its default depends on other settings
-    values = asdict(model)
-    for name in values.keys() - {"dropout", "backend"}:
-        if values[name] not in (saved[name], default[name]):
-            raise UserError(
-                f"model.{name} is {values[name]!r}, and {where} was trained with {saved[name]!r}; leave it out"
-            )
-        values[name] = saved[name]
-    return ModelConfig(**values)
 
 
 def enter(run: Path, folder: Path, progress: Progress) -> None:
@@ -181,8 +180,8 @@ def enter(run: Path, folder: Path, progress: Progress) -> None:
     later = [step for step in checkpoint.all_steps(checkpoints) if step > progress.step]
     if later:
         print(f"checkpoints after step {progress.step} are left behind and removed at the next save: {later}")
-    if progress.best_step is not None and not (checkpoints / checkpoint.step_folder(progress.best_step)).is_dir():
-        # Going back to before a better one was found and this one removed: the next validation is the best again.
-        progress.best_step = progress.best_nats_per_note = None
+    # Going back to before a better one was found and this one removed: the next validation is the best again.
+    kept = checkpoint.all_steps(checkpoints)
+    progress.ranking = [entry for entry in progress.ranking if entry[1] in kept]
     checkpoint.write_pointer(checkpoints, "latest", progress.step)
     checkpoint.write_pointer(checkpoints, "best", progress.best_step)

@@ -20,7 +20,8 @@ def save(folder, step, keep_last=2, best_step=None, value=0.0, fail=None):
             raise fail
 
     moments = {"weight/exp_avg": torch.full((3,), value)}
-    return checkpoint.save(folder, step, save_model, moments, {"step": step}, keep_last, best_step)
+    best = [] if best_step is None else [best_step]
+    return checkpoint.save(folder, f"step_{step:08d}", save_model, moments, {"step": step}, keep_last, best)
 
 
 def names(folder):
@@ -129,5 +130,5 @@ def test_a_folder_without_checkpoints_says_so(tmp_path):
 def test_state_survives_json_exactly(tmp_path):
     """Floats are part of what must come back bit for bit."""
     number = 0.1 + 0.2
-    folder = checkpoint.save(tmp_path, 1, lambda into: None, {}, {"nats": number}, 1, None)
+    folder = checkpoint.save(tmp_path, "step_00000001", lambda into: None, {}, {"nats": number}, 1, [])
     assert json.loads((folder / "state.json").read_text())["nats"] == number

@@ -13,11 +13,11 @@ import pytest
 import torch
 import yaml
 
-from meloformer.data import Corpus, RowPlan, Step, batches, steps_in
+from meloformer.data import Corpus, RowPlan, Step, batches, num_targets, steps_in
 from meloformer.errors import UserError
 from meloformer.hid.rows import stack_rows
 from meloformer.model import MeloFormer
-from meloformer.training import checkpoint, loop
+from meloformer.training import checkpoint, loop, streams
 from meloformer.training.loop import TrainingError, accumulate, train
 from meloformer.training.optimizer import build_optimizers
 
@@ -63,7 +63,8 @@ def test_the_accumulated_step_equals_one_big_batch(make_config):
     rows[3]["targets"] = np.where(np.arange(384) < 100, rows[3]["targets"], -1)  # far fewer than the others
     gradients, values = [], []
     for size in (4, 1):
-        step = Step(0, [stack_rows(rows[i : i + size]) for i in range(0, 4, size)], [])
+        micro_batches = [stack_rows(rows[i : i + size]) for i in range(0, 4, size)]
+        step = Step(0, micro_batches, [], [num_targets(batch) for batch in micro_batches])
         torch.manual_seed(0)
         model = MeloFormer(config.model, corpus.vocabulary)
         values.append(accumulate(model, step, torch.float32, step.num_targets).item())
@@ -259,14 +260,14 @@ def test_other_data_is_refused(make_config, monkeypatch):
     with monkeypatch.context() as patch:
         stop_after(patch, 1)
         train(config)
-    real = loop.Corpus
+    real = streams.Corpus
 
     def changed(data_dir):
         corpus = real(data_dir)
         corpus.hash = "another"
         return corpus
 
-    monkeypatch.setattr(loop, "Corpus", changed)
+    monkeypatch.setattr(streams, "Corpus", changed)
     with pytest.raises(UserError, match="its data hash is another"):
         train(config)
 

@@ -13,7 +13,7 @@ from meloformer.config import Config, ModelConfig
 from meloformer.errors import UserError
 from meloformer.midi import read_score
 from meloformer.model import MeloFormer
-from meloformer.training import checkpoint, loop, preview, run
+from meloformer.training import checkpoint, preview, streams
 from meloformer.training.loop import train
 from tests.training.processes import records
 
@@ -149,17 +149,17 @@ def test_init_from_refuses_what_does_not_fit(make_config, tmp_path):
     ],
 )
 def test_a_model_follows_what_it_is_not_asked_to_be(given, saved):
-    assert run.adopt(given, saved.to_dict(), "there") == saved
+    assert streams.adopt(given, saved.to_dict(), "there") == saved
     with pytest.raises(UserError, match=r"model.size is 'small'"):
-        run.adopt(ModelConfig(size="small"), ModelConfig(size="large").to_dict(), "there")
+        streams.adopt(ModelConfig(size="small"), ModelConfig(size="large").to_dict(), "there")
 
 
 def test_patience_ends_a_run_that_no_longer_gets_better(make_config, monkeypatch, capsys):
     config = make_config(max_steps=50, val_interval=1, patience=2, resume="auto")
     values = iter([5.0, 4.0, 4.5, 4.0])
-    real = loop.evaluate_likelihood
+    real = streams.evaluate_likelihood
     monkeypatch.setattr(
-        loop, "evaluate_likelihood", lambda *arguments: {**real(*arguments), "nats_per_note": next(values)}
+        streams, "evaluate_likelihood", lambda *arguments: {**real(*arguments), "nats_per_note": next(values)}
     )
     train(config)
     assert "finished 4 steps, 2 validations without a better one; best validation 4.000" in capsys.readouterr().out

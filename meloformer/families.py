@@ -1,0 +1,76 @@
+"""The two model families by name, and which of them a command line means. No torch here.
+
+    family_of_command_line()                 of this process's own arguments: "meloformer" or "fractal"
+    config_class("fractal")                  FractalConfig: what train.py's flags are read into
+    open_family(config)                      what the training loop asks (meloformer.training.family); imports torch
+
+>>> family_of_command_line(["--family", "fractal", "--train_data", "train.txt"])
+'fractal'
+
+What surprises: a family is decided before the command line is read, because it decides which flags there are. It is
+said by --family, else by the yaml file of --config, else by what the model of --checkpoint is; else it is MeloFormer.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from meloformer.errors import UserError
+from meloformer.pretrained import family_of
+from meloformer.settings import Settings, read_yaml
+
+if TYPE_CHECKING:
+    from meloformer.training.family import Family
+
+# name: (module and class of the config, of what the loop asks)
+FAMILIES = {
+    "meloformer": ("meloformer.config", "Config", "meloformer.training.streams", "Streams"),
+    "fractal": ("meloformer.fractal.config", "FractalConfig", "meloformer.fractal.family", "Rolls"),
+}
+
+
+def family_of_command_line(argv: Sequence[str] | None = None) -> str:
+    """The name of the family that these words mean (None: this process's own)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    given = _value(words, "family")
+    config = _value(words, "config")
+    if given is None and config is not None:
+        data = read_yaml(config)
+        given = data.get("family") if isinstance(data, dict) else None
+        if given is None and isinstance(data, dict) and data.get("checkpoint") and _value(words, "checkpoint") is None:
+            words += ["--checkpoint", str(data["checkpoint"])]
+    if given is None:
+        checkpoint = _value(words, "checkpoint")
+        try:
+            return "meloformer" if checkpoint is None else family_of(checkpoint)
+        except UserError:  # no model there: said again, and better, by the command that wants it
+            return "meloformer"
+    if given not in FAMILIES:
+        raise UserError(f"--family is {given!r}, must be one of {', '.join(FAMILIES)}")
+    return given
+
+
+def _value(words: list[str], flag: str) -> str | None:
+    """The last value of a flag among words of a command line, `--flag value` or `--flag=value` or `flag=value`."""
+    found = None
+    for word, following in zip(words, [*words[1:], None]):
+        name, equals, value = word.partition("=")
+        if name in (f"--{flag}", flag) and equals:
+            found = value
+        elif word == f"--{flag}" and following is not None:
+            found = following
+    return found
+
+
+def config_class(name: str) -> type[Settings]:
+    module, config, *_ = FAMILIES[name]
+    return getattr(import_module(module), config)
+
+
+def open_family(config: Settings) -> Family:
+    """What the loop asks about a run of this config."""
+    *_, module, family = FAMILIES[config.family]
+    return getattr(import_module(module), family)(config)

@@ -1,0 +1,139 @@
+"""Token streams, MeloFormer's family, for the training loop: corpus and rows, model, likelihood, pieces to listen to.
+
+>>> family = Streams(Config(data=DataConfig(data_dir="processed")))   # doctest: +SKIP
+
+What surprises: `config.model` may change after a run's start, where the model is taken over from another run: what
+the user left at its default follows that run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from meloformer.config import ModelConfig
+from meloformer.data import Corpus, RowPlan, Step
+from meloformer.data.packing import SKIP_REASONS
+from meloformer.errors import UserError
+from meloformer.evaluation.likelihood import evaluate_likelihood, split_batches
+from meloformer.evaluation.tasks import Tasks
+from meloformer.model import MeloFormer
+from meloformer.training.distributed import Ranks
+from meloformer.training.family import Family, Preview, adopt_settings
+from meloformer.training.preview import write_preview
+
+
+class Streams(Family):
+    """A run of MeloFormer; `config` is a meloformer.config.Config."""
+
+    unit = "tokens"
+    free: ClassVar = {
+        "training": ("compile", "val_task_rows"),
+        "data": ("data_dir",),
+        "model": ("backend",),
+    }
+
+    def open_data(self, epoch: int) -> RowPlan:
+        data = self.config.data
+        self.corpus = Corpus(data.data_dir)
+        self.data_hash, self.data_from = self.corpus.hash, f"--data_dir {data.data_dir}"
+        plan = self.plan(epoch)
+        if plan.num_rows == 0:
+            raise UserError(f"{data.data_dir}: no music is left to train on; see data.max_bars and data.max_samples")
+        self.validation = RowPlan(self.corpus, data, self.settings.seed, 0, "validation")
+        if self.settings.patience and self.validation.num_rows == 0:
+            raise UserError(
+                f"training.patience is {self.settings.patience}, and nothing is held out; raise --validation_fraction"
+            )
+        self.tasks = Tasks(self.corpus, data)
+        return plan
+
+    def plan(self, epoch: int) -> RowPlan:
+        return RowPlan(self.corpus, self.config.data, self.settings.seed, epoch, "train")
+
+    def coordinates(self, step: Step) -> str:
+        return ", ".join(
+            f"{self.corpus.name(d.piece)} bars {d.first_bar}-{d.last_bar}"
+            for rows in step.documents
+            for documents in rows
+            for d in documents
+        )
+
+    # --- model ------------------------------------------------------------------------------------------------
+
+    def build(self) -> MeloFormer:
+        return MeloFormer(self.config.model, self.corpus.vocabulary, self.config.data.max_seq_len)
+
+    def open_pretrained(self, path: str) -> MeloFormer:
+        return MeloFormer.from_pretrained(path, self.corpus.vocabulary)
+
+    def adopt(self, saved: dict[str, Any], where: str) -> None:
+        self.config.model = adopt(self.config.model, saved, where)
+
+    def ready(self, model: MeloFormer) -> None:
+        super().ready(model)
+        if self.settings.compile:
+            model.compile_layers()
+
+    # --- what it says -----------------------------------------------------------------------------------------
+
+    def evaluate(self, model: MeloFormer, precision: torch.dtype, ranks: Ranks) -> dict[str, Any]:
+        settings, share = self.settings, (ranks.rank, ranks.world_size)
+        held_out = split_batches(self.validation, settings.batch_size, settings.val_max_rows, *share)
+        likelihood = evaluate_likelihood(model, held_out, precision, ranks.sum_arrays)
+        by_task = {}
+        if settings.val_task_rows:
+            rows = (settings.batch_size, settings.val_task_rows)
+            by_task = self.tasks.evaluate(model, *rows, precision, *share, ranks.sum_arrays)
+        return {**likelihood, "by_task": by_task}
+
+    def score(self, result: dict[str, Any]) -> float:
+        return result["nats_per_note"]
+
+    def score_words(self, score: float) -> str:
+        return f"{score:.3f} nats a note"
+
+    def validation_line(self, result: dict[str, Any]) -> str:
+        by_type = "  ".join(f"{name} {entry['nats_per_token']:.2f}" for name, entry in result["by_type"].items())
+        by_task = "  ".join(f"{name} {nats:.2f}" for name, nats in result["by_task"].items())
+        return (
+            f"{self.score_words(result['nats_per_note'])}, {result['nats_per_bar']:.1f} a bar;  a token: {by_type}"
+            + (f";  a note to fill in: {by_task}" if by_task else "")
+        )
+
+    def preview(self, model: MeloFormer, folder: Path, step: int) -> Preview:
+        return write_preview(model, folder / "samples", step, self.settings.seed)
+
+    def about_model(self) -> str:
+        m = self.config.model
+        return f"{m.size}: {m.n_layer} layers, d_model {m.d_model}, {m.n_head} heads, d_ff {m.d_ff}"
+
+    def about_data(self, plan: RowPlan) -> list[tuple[str, str]]:
+        d, index = self.config.data, self.corpus.index
+        notes, tokens = int(index["num_notes"].sum()), int(index["num_tokens"].sum())
+        skipped = [f"{count:,} {SKIP_REASONS[reason]}" for reason, count in sorted(plan.skipped.items())]
+        held_out = self.validation
+        return [
+            ("data", f"{self.corpus.num_pieces:,} pieces, {notes:,} notes, {tokens:,} tokens in {d.data_dir}"),
+            ("training", f"{len(plan.pieces):,} pieces in {plan.num_rows:,} rows of {d.max_seq_len:,} tokens"),
+            ("held out", f"{len(held_out.pieces):,} pieces in {held_out.num_rows:,} rows"),
+            ("skipped", "; ".join(skipped) or "nothing"),
+        ]
+
+    def about_step(self, plan: RowPlan, rows: int) -> str:
+        return f"about {int(rows * self.config.data.max_seq_len * plan.fill['tokens']):,} tokens"
+
+
+def adopt(model: ModelConfig, saved: dict, where: str) -> ModelConfig:
+    """The settings of a model whose weights are taken over; dropout and the backend stay as they are given."""
+    default = {**asdict(ModelConfig(size=model.size)), "size": ModelConfig().size}
+    default["d_ff"] = replace(model, d_ff=None).d_ff  # its default depends on other settings
+    values, wrong = adopt_settings(asdict(model), default, saved, {"dropout", "backend"})
+    if wrong is not None:
+        raise UserError(
+            f"model.{wrong} is {getattr(model, wrong)!r}, and {where} was trained with {saved[wrong]!r}; leave it out"
+        )
+    return ModelConfig(**values)
