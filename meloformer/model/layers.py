@@ -27,13 +27,14 @@ TIME_WAVES = (0.5, 2.0**15)
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension, in the dtype of x."""
 
-    def __init__(self, size: int, eps: float = 1e-6):
+    EPS = 1e-6
+
+    def __init__(self, size: int):
         super().__init__()
-        self.eps = eps
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.EPS)
 
 
 class FeedForward(nn.Module):
