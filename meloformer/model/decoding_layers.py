@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -89,7 +90,12 @@ class _FeedForward:
 def unit(x: Tensor) -> Tensor:
     """x / sqrt(|x|^2 + size * eps) over the last dimension: RMSNorm without its weight and the square root of size."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x / torch.hypot(length, length.new_full((), math.sqrt(x.shape[-1] * RMSNorm.EPS)))
+    return x / torch.hypot(length, _floor(x.shape[-1], x.dtype, x.device))
+
+
+@lru_cache
+def _floor(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(math.sqrt(size * RMSNorm.EPS), dtype=dtype, device=device)
 
 
 def _unit_weight(norm: RMSNorm) -> Tensor:
