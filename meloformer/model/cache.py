@@ -84,7 +84,7 @@ class DecodingSession:
         self.model, self.rule, self.layers = model, model.rule, DecodingLayers(model)
         room = max_tokens + (max_summaries if self.rule.summaries else 0)
         shape = (config.n_layer, 2, config.n_head, config.d_model // config.n_head)
-        nothing = torch.empty(0, *shape, dtype=model.compute_dtype(), device=model.device)
+        nothing = torch.empty(0, *shape, dtype=model.token.weight.dtype, device=model.device)
         self.streams = [Stream(History(nothing, room)) for _ in range(batch_size)]
         # Kinds of queries that see the same types share their keys; summaries have their own.
         types = self.rule.visible.tolist()
