@@ -15,10 +15,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from meloformer.errors import UserError
+from meloformer.generation.on_device import DIVERGED, write_on_device
 from meloformer.generation.request import ConstrainedState, Request
 from meloformer.generation.sampling import Sampling, choose
+from meloformer.generation.tensor_state import covers
 from meloformer.hid import Annotations, Tokenizer
 from meloformer.hid.rows import make_row, stack_rows
 from meloformer.midi.score import Score
@@ -61,29 +65,37 @@ def generate(
     # Every sample begins alike: what they share is read once, and each batch branches off it.
     session = DecodingSession(model, 1, max_length, max_length // SEGMENT_LENGTH + 1)
     row = make_row([prompt], model.vocabulary, len(prompt), max_segments=1 + len(prompt) // SEGMENT_LENGTH)
-    logits = session.prefill(stack_rows([row])).cpu().numpy()
+    logits = session.prefill(stack_rows([row]))
     tokenizer = Tokenizer(model.vocabulary)
+    write = write_on_device if stays_on_device(model.device, request) else _write
     samples = []
     for first in range(0, num_samples, batch_size):
         indices = list(range(first, min(first + batch_size, num_samples)))
-        batch = session.branch([0] * len(indices))
-        streams = [start.branch() for _ in indices]
-        _write(batch, streams, logits.repeat(len(indices), axis=0), [(seed, i) for i in indices], sampling, progress)
-        for index, stream in zip(indices, streams):
-            tokens = np.array(stream.tokens, dtype=np.uint16)
-            samples.append(Sample(index, tokens, tokenizer.decode(tokens), stream.hit_limit))
+        for index, (tokens, hit_limit) in zip(
+            indices, write(session, start, logits, [(seed, i) for i in indices], sampling, progress)
+        ):
+            tokens = np.array(tokens, dtype=np.uint16)
+            samples.append(Sample(index, tokens, tokenizer.decode(tokens), hit_limit))
     return samples
 
 
+def stays_on_device(device: torch.device, request: Request) -> bool:
+    """Whether the grammar runs as tensors. On a CPU it is slower at every batch size (docs/log.md)."""
+    return device.type == "cuda" and covers(request)
+
+
 def _write(
-    session: DecodingSession,
-    streams: list[ConstrainedState],
-    logits: np.ndarray,
+    root: DecodingSession,
+    start: ConstrainedState,
+    logits: Tensor,
     seeds: list[tuple[int, int]],
     sampling: Sampling,
     progress: Callable[[int, int], None] | None,
-) -> None:
-    """Write every stream to its end; logits (B, V) of their next tokens."""
+) -> list[tuple[list[int], bool]]:
+    """Tokens and `hit_limit` of a stream for each seed, all written on from `start`, where the root's one stream
+    stands; logits (1, V) of what follows."""
+    session, streams = root.branch([0] * len(seeds)), [start.branch() for _ in seeds]
+    logits = logits.cpu().numpy().repeat(len(seeds), axis=0)
     draws = [np.random.default_rng(seed) for seed in seeds]
     vocabulary = streams[0].vocabulary
     cell_openers, family_of = (vocabulary.BAR, vocabulary.FILL), vocabulary.family_of
@@ -93,8 +105,8 @@ def _write(
         for row, i in enumerate(active):
             try:
                 token = choose(logits[row], streams[i].allowed(), draws[i].random(), sampling, family_of)
-            except ValueError as error:
-                raise UserError(f"{error}: the checkpoint is damaged or diverged; take an earlier one") from None
+            except ValueError:
+                raise UserError(DIVERGED) from None
             annotations.append(streams[i].push(token))
             tokens.append(token)
             bars += token in cell_openers and streams[i].state.track >= 0
@@ -108,3 +120,4 @@ def _write(
             annotations = [annotations[row] for row in going_on]
         if active:
             logits = session.step(np.array(tokens), Annotations(*np.array(annotations).T)).cpu().numpy()
+    return [(stream.tokens, stream.hit_limit) for stream in streams]

@@ -30,6 +30,9 @@ from meloformer.hid.vocabulary import MAX_BPM, MIN_BPM, Family, Vocabulary
 from meloformer.midi.score import DRUMS
 
 TRACK_LENGTH = 6  # INSTRUMENT BAR T P L V: the shortest a part can be
+# The longest step that owes more than it writes is a T after a whole note: 1 token that owes 3 more. A BAR after a
+# whole note owes 4, an INSTRUMENT that was not asked for 5.
+LONGEST_STEP = 6
 _HEAD_LENGTH = 7  # BOS PIECE_BEGIN CONDUCTOR BAR METER TEMPO ... EOS
 
 
@@ -201,9 +204,7 @@ class ConstrainedState:
             parts_owed = 1
         bars_owed = max((self.request.bars or 1) - state.num_bars, 0)
         owed = state.closing_length() + TRACK_LENGTH * parts_owed + bars_owed
-        # The longest step that owes more than it writes is a T after a whole note: 1 token that owes 3 more. A BAR
-        # after a whole note owes 4, an INSTRUMENT that was not asked for 5.
-        if len(self.tokens) + owed + 6 <= self.max_length:
+        if len(self.tokens) + owed + LONGEST_STEP <= self.max_length:
             return
         closing = self._closing_choices(mask)
         if closing is not None:

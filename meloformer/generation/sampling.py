@@ -9,6 +9,8 @@ the sample's own stream, so nothing of a sample depends on its batch-mates.
 >>> choose(logits, np.array([False, False, True, True]), 0.9, Sampling(temperature=0))
 2
 
+`choose_batch` does the same for a batch of tensors on any device, and asks the host for nothing.
+
 `by_family` gives families of tokens a temperature of their own: which family comes next is drawn at `temperature`,
 which of its tokens at the family's.
 
@@ -22,6 +24,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -98,3 +102,52 @@ def _total(scores: np.ndarray) -> float:
     """log of the sum of exponentials."""
     best = scores.max()
     return float(best + np.log(np.exp(scores - best).sum())) if np.isfinite(best) else -np.inf
+
+
+def choose_batch(
+    logits: Tensor, allowed: Tensor, uniform: Tensor, sampling: Sampling, family_of: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One allowed token a row of (B, V) logits, and (B,) bool: a row whose logits of several allowed tokens are not all
+    finite, which gets any token that is allowed. uniform (B,) float64; family_of (V,)."""
+    several = allowed.sum(dim=1) > 1
+    is_bad = several & (allowed & ~logits.isfinite()).any(dim=1)
+    usable = several & ~is_bad
+    scores = torch.where(usable[:, None], logits.double(), 0.0).masked_fill(~allowed, -torch.inf)
+    probabilities = _tempered_batch(scores, sampling, family_of).softmax(dim=1)
+    # Ties stand in the order of their ids, as a stable sort leaves them.
+    probabilities, order = probabilities.sort(dim=1, descending=True, stable=True)
+    if sampling.temperature == 0 and not sampling.by_family:
+        return order[:, 0], is_bad
+    if sampling.top_k:
+        probabilities[:, sampling.top_k :] = 0
+        probabilities = probabilities / probabilities.sum(dim=1, keepdim=True)
+    if sampling.top_p < 1:
+        before = probabilities.cumsum(dim=1).roll(1, dims=1)
+        before[:, 0] = 0
+        probabilities = probabilities * (before < sampling.top_p)
+    probabilities = probabilities * (probabilities >= sampling.min_p * probabilities[:, :1])
+    cumulative = probabilities.cumsum(dim=1)
+    index = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(dim=1)
+    last = (probabilities > 0).sum(dim=1) - 1
+    return order.gather(1, torch.minimum(index, last)[:, None])[:, 0], is_bad
+
+
+def _tempered_batch(scores: Tensor, sampling: Sampling, family_of: Tensor) -> Tensor:
+    """`_tempered` for (B, V) scores, -inf where a token is not allowed."""
+    tempered = _at_batch(scores, sampling.temperature)
+    for family, own in sampling.by_family.items():
+        if own != sampling.temperature:
+            here = family_of == family
+            its = _at_batch(scores.masked_fill(~here, -torch.inf), own)
+            share = tempered.masked_fill(~here, -torch.inf).logsumexp(dim=1, keepdim=True)
+            cooled = share + its - its.logsumexp(dim=1, keepdim=True)
+            tempered = torch.where(here & scores.isfinite(), cooled, tempered)
+    return tempered
+
+
+def _at_batch(scores: Tensor, temperature: float) -> Tensor:
+    best, index = scores.max(dim=1, keepdim=True)
+    if temperature == 0:
+        kept = torch.full_like(scores, -torch.inf).scatter(1, index, 0.0)
+        return kept.masked_fill(scores == -torch.inf, -torch.inf)
+    return torch.where(scores == -torch.inf, scores, (scores - best) / temperature)

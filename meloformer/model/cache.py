@@ -11,11 +11,12 @@ that wait or have ended, whose logits mean nothing. The logits, float32, are tho
 full forward pass. A stream may begin with `step`; `prefill` is for an empty session.
 
 The session closes segments itself: a BAR, FILL, INSTRUMENT or EOS ends the bar that notes were being written into. The
-summary goes through the layers together with that token, as one more query in front of it, and the rule lets the token
-see it. `segment` of the annotations is not read; `onset` numbers go on from the prompt's.
+summary goes through the layers together with that token, as one more row in front, and the rule lets the token see it.
+`segment` of the annotations is not read; `onset` numbers go on from the prompt's.
 
 The surprise: slots hold tokens and summaries in the order they came. Where a key stands says nothing about what may
-see it: each slot keeps the fields of the rule, and a CPU copies together and reads the keys that are seen, no others.
+see it: each slot keeps the fields of the rule, and which keys a step reads is asked of the rule, for the slots since
+the bar began; what is before them the queries of a class see throughout the bar, or do not.
 """
 
 from __future__ import annotations
@@ -29,83 +30,143 @@ from torch import Tensor
 
 from meloformer.hid import Annotations, Family
 from meloformer.model.attention import Visibility, attend
-from meloformer.model.masks import SUMMARY, Fields, joint_fields, kinds, row_mask
+from meloformer.model.decoding_layers import DecodingLayers
+from meloformer.model.masks import NUM_KINDS, SUMMARY, Fields, joint_fields, kinds, row_mask
 from meloformer.model.transformer import MeloFormer
+from meloformer.model.visible_keys import History, VisibleKeys
 
 PREFILL_CHUNK = 1024  # tokens of a prompt that are read at once
 
-_CLOSING = np.zeros(len(Family), dtype=bool)
-_CLOSING[[Family.BAR, Family.FILL, Family.INSTRUMENT, Family.EOS]] = True
+_CLOSING = frozenset((Family.BAR, Family.FILL, Family.INSTRUMENT, Family.EOS))
+_OPENING = frozenset((Family.BAR, Family.FILL))
+
+
+class Stream:
+    """One stream of a session. `cell`: position, bar, instrument, ordinal and time of the BAR or FILL that is being
+    written into, and the slot of its first token; `sounding`: it has an onset, so it will be a segment."""
+
+    def __init__(self, history: History):
+        self.history = history
+        self.fields = torch.full((len(Fields._fields), len(history)), -1, dtype=torch.int32)
+        self.keys: dict[int, VisibleKeys] = {}
+        self.length = self.used = 0  # tokens; slots
+        self.cell: tuple[int, ...] | None = None
+        self.sounding = False
+
+    def branch(self) -> Stream:
+        twin = copy.copy(self)
+        twin.history, twin.fields, twin.keys = self.history.branch(self.used), self.fields.clone(), {}
+        return twin
+
+    def take(self, fields: Sequence[int]) -> int:
+        """The slot for a key with these fields."""
+        if self.used == len(self.history):
+            raise ValueError(f"the session holds {self.used} tokens and summaries a stream, this is one more")
+        self.fields[:, self.used] = torch.tensor(fields, dtype=torch.int32)
+        self.used += 1
+        return self.used - 1
+
+    def follow(self, type: int, track: int, cell: tuple[int, ...]) -> None:
+        """Keep track of the bar or fill that is being written, past a token that would open `cell`."""
+        if type in _CLOSING:
+            self.cell = cell if type in _OPENING and track >= 0 else None
+            self.sounding = False
+        elif type == Family.TIME and track >= 0:
+            self.sounding = True
+        self.length += 1
 
 
 class DecodingSession:
-    """See the module's docstring. `length` (B,) is the number of tokens of each stream so far."""
+    """See the module's docstring."""
 
     def __init__(self, model: MeloFormer, batch_size: int, max_tokens: int, max_summaries: int):
-        config, device = model.config, model.device
-        self.model, self.rule = model, model.rule.to(device)
-        self.capacity = max_tokens + (max_summaries if self.rule.summaries else 0)
-        # One slot beyond the capacity: whatever is not there is written to it, and its document stays -1.
-        slots = (batch_size, self.capacity + 1)
-        shape = (config.n_layer, 2, *slots, config.n_head, config.d_model // config.n_head)
-        self.cache = torch.zeros(shape, dtype=model.compute_dtype(), device=device)  # (layer, K and V, B, slot, H, D)
-        self.fields = torch.full((len(Fields._fields), *slots), -1, dtype=torch.int32, device=device)
-        self.used = np.zeros(batch_size, dtype=np.int64)  # slots
-        self.length = np.zeros(batch_size, dtype=np.int64)
-        # The bar or fill being written: position (-1: none), bar, instrument, ordinal and time of its BAR or FILL.
-        self.cell = np.full((batch_size, 5), -1, dtype=np.int64)
-        self.sounding = np.zeros(batch_size, dtype=bool)  # it has an onset: it will be a segment
+        config = model.config
+        self.model, self.rule, self.layers = model, model.rule, DecodingLayers(model)
+        room = max_tokens + (max_summaries if self.rule.summaries else 0)
+        shape = (config.n_layer, 2, config.n_head, config.d_model // config.n_head)
+        nothing = torch.empty(0, *shape, dtype=model.token.weight.dtype, device=model.device)
+        self.streams = [Stream(History(nothing, room)) for _ in range(batch_size)]
+        # Kinds of queries that see the same types share their keys; summaries have their own.
+        types = self.rule.visible.tolist()
+        self.group_of_kind = [types.index(row) for row in types]
+        self.group_of_kind[SUMMARY] = NUM_KINDS
 
     @property
     def batch_size(self) -> int:
-        return len(self.length)
+        return len(self.streams)
+
+    @property
+    def length(self) -> np.ndarray:
+        """(B,) tokens of each stream so far."""
+        return np.array([stream.length for stream in self.streams])
 
     @torch.inference_mode()
     def step(self, tokens: np.ndarray, annotations: Annotations, active: np.ndarray | None = None) -> Tensor:
         """Append one token to every active stream; logits (B, V) of what follows. ValueError where one is full."""
-        a = Annotations(*(np.asarray(values) for values in annotations))
-        active = np.ones(self.batch_size, dtype=bool) if active is None else np.asarray(active, dtype=bool)
-        closing = active & self.sounding & _CLOSING[a.type] & self.rule.summaries
-        m = int(closing.any())  # where any stream closes a segment, each has one query more in front
-        here = self.length
-        start, bar, instrument, ordinal, time = self.cell.T
-        kind = kinds(*(torch.from_numpy(np.asarray(x)) for x in (a.type, a.track, a.bar))).numpy()
-        none, is_summary = np.full_like(here, -1), np.full_like(here, SUMMARY)
-        # rows of Fields, then instrument, ordinal and time: (10, B, 2), the summary before the token
-        summary = (
-            closing - 1,
-            start,
-            here - 1,
-            bar,
-            instrument,
-            is_summary,
-            none,
-            instrument,
-            ordinal,
-            time,
-        )
-        token = (active - 1, here, here, a.bar, a.instrument, kind, a.onset, a.instrument, a.ordinal, a.time)
-        both = np.stack([np.stack(summary), np.stack(token)], axis=2).astype(np.int32)[:, :, 1 - m :]
-        both = torch.from_numpy(both).to(self.model.device)
-        query, (instruments, ordinals, times) = Fields(*both[:7]), both[7:]
+        rows = np.arange(self.batch_size) if active is None else np.flatnonzero(active)
+        tokens, a = np.asarray(tokens)[rows], Annotations(*(np.asarray(values)[rows] for values in annotations))
+        kind = kinds(*(torch.from_numpy(x) for x in (a.type, a.track, a.bar))).tolist()
+        # One row of `x` each: its stream, its slot, its keys, and (position, instrument, ordinal, time).
+        summaries: list[tuple] = []
+        regular: list[tuple] = []
+        for n, row in enumerate(rows.tolist()):
+            stream = self.streams[row]
+            bar, track, instrument, ordinal, type, onset, _, time = (int(values[n]) for values in a)
+            if self.rule.summaries and stream.sounding and type in _CLOSING:
+                start, its_bar, its_instrument, its_ordinal, its_time, _ = stream.cell
+                slot = stream.take((0, start, stream.length - 1, its_bar, its_instrument, SUMMARY, -1))
+                keys = self._look(stream, slot, SUMMARY)
+                summaries.append((stream, slot, keys, start, its_instrument, its_ordinal, its_time))
+            here = stream.length
+            slot = stream.take((0, here, here, bar, instrument, kind[n], onset))
+            stream.follow(type, track, (here, bar, instrument, ordinal, time, slot))
+            regular.append((stream, slot, self._look(stream, slot, kind[n]), here, instrument, ordinal, time))
+        out = torch.zeros(self.batch_size, self.model.vocabulary.size, device=self.model.device)
+        if len(rows):
+            out[torch.from_numpy(rows).to(out.device)] = self.layers.head(self._run(tokens, summaries, regular)).float()
+        return out
 
-        rows, slots = self._write_fields(both[:7], np.stack([closing, active], axis=1)[:, 1 - m :])
-        visibility, index = self._visible_keys(query)
+    def _look(self, stream: Stream, slot: int, kind: int) -> VisibleKeys:
+        """The keys that the query in `slot` sees."""
+        group = self.group_of_kind[kind]
+        keys = stream.keys.get(group)
+        if keys is None:
+            keys = stream.keys[group] = VisibleKeys(stream.history)
+        # Inside a cell bar and instrument stay, and no onset lies outside: what is before it is seen or not for good.
+        start, cell = 0, -1
+        if kind != SUMMARY and stream.cell is not None:
+            cell = stream.cell[0]
+            start = stream.cell[-1] if keys.cell == cell else 0
+        query, window = (Fields(*stream.fields[:, a:stop].unbind()) for a, stop in ((slot, slot + 1), (start, stream.used)))
+        keys.update(self.rule(query, window).numpy(), start)
+        keys.cell = cell
+        return keys
+
+    def _run(self, tokens: np.ndarray, summaries: list[tuple], regular: list[tuple]) -> Tensor:
+        """Rows through the layers, their keys into caches -> (regular rows, d_model)."""
+        m, device, rows = len(summaries), self.model.device, [*summaries, *regular]
+        numbers = torch.tensor([row[3:] for row in rows]).to(device)
+        position, instrument, ordinal, time = numbers.unbind(1)
+        x = self.model.embed(torch.from_numpy(tokens.astype(np.int64)).to(device), instrument[m:], ordinal[m:])
+        if m:
+            x = torch.cat([self.model.embed(None, instrument[:m], ordinal[:m]), x])
+        # A summary is a key of its own query and of the token behind it.
+        token_keys = {id(stream): keys for stream, _, keys, *_ in regular}
+        written = [(n, slot, keys) for n, (_, slot, keys, *_) in enumerate(rows)]
+        written += [(n, slot, token_keys[id(stream)]) for n, (stream, slot, *_) in enumerate(summaries)]
+        cached = []
 
         def attend_cached(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self.cache[i, :, rows, slots] = torch.stack([k, v]).to(self.cache.dtype)
-            if index is None:
-                return attend(q, *self.cache[i, :, :, : visibility.bias.shape[-1]], visibility)
-            seen = self.cache[i].flatten(1, 2).flatten(2).index_select(1, index.flatten())  # (2, B * n, H * D)
-            return attend(q, *seen.view(2, *index.shape, *k.shape[2:]), visibility)
+            cached.append((k, v))
+            for n, slot, keys in written:
+                keys.write(i, slot, k[n], v[n])
+            return torch.stack([row[2].attend(i, q[n]) for n, row in enumerate(rows)]).flatten(1)
 
-        ids = torch.from_numpy(np.asarray(tokens).astype(np.int64)).to(self.model.device)[:, None]
-        x = self.model.embed(ids, instruments[:, m:], ordinals[:, m:])
-        if m:
-            x = torch.cat([self.model.embed(None, instruments[:, :1], ordinals[:, :1]), x], dim=1)
-        hidden = self.model.run_layers(x, m, query.position, times, attend_cached)
-        self._follow(a, active)
-        return self.model.head(hidden[:, -1]).float()
+        hidden = self.layers(x, m, position, time, attend_cached)
+        values = torch.stack([torch.stack(pair, dim=1) for pair in cached], dim=1)  # (N, layer, 2, H, D)
+        for n, (stream, slot, *_) in enumerate(rows):
+            stream.history.write(slot, values[n : n + 1])
+        return hidden
 
     @torch.inference_mode()
     def prefill(self, batch: Mapping[str, np.ndarray]) -> Tensor:
@@ -115,111 +176,75 @@ class DecodingSession:
         """
         rows = {name: np.asarray(values) for name, values in batch.items()}
         lengths = (rows["document"] == 0).sum(axis=1)
-        if len(lengths) != self.batch_size or self.used.any() or not lengths.all() or rows["document"].max() > 0:
+        if len(lengths) != self.batch_size or self.length.any() or not lengths.all() or rows["document"].max() > 0:
             raise ValueError("prefill needs an empty session and for each stream a row with one document")
-        each, last = np.arange(len(lengths)), lengths - 1
-        # The segment that a prompt ends in is not closed: the next token may still belong to it.
-        unfinished = rows["segment"][each, last]
-        closed = rows["segment_document"].copy()
-        closed[each[unfinished >= 0], unfinished[unfinished >= 0]] = -1
-        rows["segment_document"] = closed
-        out = None
-        for start in range(0, int(lengths.max()), PREFILL_CHUNK):
-            hidden = self._read_chunk(rows, start, start + PREFILL_CHUNK)
-            out = torch.empty_like(hidden[:, 0]) if out is None else out
-            here = np.flatnonzero((start <= last) & (last < start + PREFILL_CHUNK))
-            out[torch.from_numpy(here)] = hidden[torch.from_numpy(here), torch.from_numpy(last[here] - start)]
-        self._follow_all(rows, lengths)
-        return self.model.head(out).float()
+        hidden = [
+            self._read({name: values[i : i + 1] for name, values in rows.items()}, self.streams[i], int(length))
+            for i, length in enumerate(lengths)
+        ]
+        return self.model.head(torch.stack(hidden)).float()
 
-    def _read_chunk(self, rows: Mapping[str, np.ndarray], start: int, stop: int) -> Tensor:
-        """The tokens [start, stop) of rows, and the summaries of the segments that end there -> hidden (B, n, d)."""
-        ends_here = (rows["segment_document"] >= 0) & (rows["segment_end"] >= start) & (rows["segment_end"] < stop)
-        first = np.argsort(~ends_here, axis=1, kind="stable")[:, : int(ends_here.sum(axis=1).max(initial=0))]
-        chunk = {name: values[:, start:stop] for name, values in rows.items() if not name.startswith("segment_")}
-        for name in [name for name in rows if name.startswith("segment_")]:
-            chunk[name] = np.take_along_axis(rows[name], first, axis=1)
-        chunk["segment_document"] = np.where(np.take_along_axis(ends_here, first, axis=1), 0, -1).astype(np.int32)
-        query = Fields(*torch.stack(joint_fields(chunk, self.rule.summaries)).to(self.cache.device))
-        places = self._write_fields(torch.stack(query), (query.document >= 0).cpu().numpy())
-        length = int(self.used.max())
-        visibility = Visibility(row_mask(self.rule, query, Fields(*self.fields[:, :, :length])), self.cache.dtype)
+    def _read(self, row: Mapping[str, np.ndarray], stream: Stream, length: int) -> Tensor:
+        """A prompt (1, N) of `length` tokens -> (d_model,) behind its last one."""
+        # The segment that a prompt ends in is not closed: the next token may still belong to it.
+        closed = row["segment_document"].copy()
+        unfinished = row["segment"][0, length - 1]
+        if unfinished >= 0:
+            closed[0, unfinished] = -1
+        row = {**row, "segment_document": closed}
+        for start in range(0, length, PREFILL_CHUNK):
+            hidden = self._read_chunk(row, stream, start, min(start + PREFILL_CHUNK, length))
+        for bar, track, instrument, ordinal, type, _, _, time in zip(
+            *(row[name][0, :length].tolist() for name in Annotations._fields)
+        ):
+            stream.follow(type, track, (stream.length, bar, instrument, ordinal, time, stream.length))
+        if stream.cell is not None:
+            position, kind = (stream.fields[Fields._fields.index(name)] for name in ("position", "kind"))
+            slot = int(torch.nonzero((position == stream.cell[0]) & (kind != SUMMARY))[0])
+            stream.cell = (*stream.cell[:-1], slot)
+        return hidden[0, -1]
+
+    def _read_chunk(self, row: Mapping[str, np.ndarray], stream: Stream, start: int, stop: int) -> Tensor:
+        """The tokens [start, stop) of a row, and the summaries of the segments that end there -> hidden (1, n, d)."""
+        ends_here = (row["segment_document"] >= 0) & (row["segment_end"] >= start) & (row["segment_end"] < stop)
+        chunk = {
+            name: values[ends_here][None] if name.startswith("segment_") else values[:, start:stop]
+            for name, values in row.items()
+        }
+        query = Fields(*torch.stack(joint_fields(chunk, self.rule.summaries)))
+        first, count = stream.used, query.document.shape[1]
+        if first + count > len(stream.history):
+            raise ValueError(f"the session holds {len(stream.history)} tokens and summaries a stream, the prompt has more")
+        stream.used += count
+        stream.fields[:, first : stream.used] = torch.stack(query)[:, 0]
+        device = self.model.device
+        key = Fields(*stream.fields[:, None, : stream.used].to(device))
+        mask = row_mask(self.rule.to(device), Fields(*(x.to(device) for x in query)), key)
+        visibility = Visibility(mask, stream.history.own.dtype)
 
         def attend_cached(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self.cache[i, :, places[0], places[1]] = torch.stack([k, v]).to(self.cache.dtype)
-            return attend(q, *self.cache[i, :, :, :length], visibility)
+            cache = stream.history.own[:, i]
+            cache[first : stream.used] = torch.stack([k[0], v[0]], dim=1).to(cache.dtype)
+            return attend(q, cache[None, : stream.used, 0], cache[None, : stream.used, 1], visibility)
 
-        device = {name: torch.from_numpy(values).to(self.cache.device) for name, values in chunk.items()}
-        x = self.model.embed(device["tokens"], device["instrument"], device["ordinal"])
-        m, time = 0, device["time"]
-        if self.rule.summaries and first.shape[1]:
-            m, time = first.shape[1], torch.cat([device["segment_time"], time], dim=1)
-            summaries = self.model.embed(None, device["segment_instrument"], device["segment_ordinal"])
+        inputs = {name: torch.from_numpy(np.ascontiguousarray(values)).to(device) for name, values in chunk.items()}
+        x, time, m = self.model.embed(inputs["tokens"], inputs["instrument"], inputs["ordinal"]), inputs["time"], 0
+        if self.rule.summaries and ends_here.any():
+            m, time = int(ends_here.sum()), torch.cat([inputs["segment_time"], time], dim=1)
+            summaries = self.model.embed(None, inputs["segment_instrument"], inputs["segment_ordinal"])
             x = torch.cat([summaries, x], dim=1)
-        return self.model.run_layers(x, m, query.position, time, attend_cached)
-
-    def _follow_all(self, rows: Mapping[str, np.ndarray], lengths: np.ndarray) -> None:
-        """`_follow` for every token of the rows at once: only what comes after the last closing token counts."""
-        for row, length in enumerate(lengths.tolist()):
-            a = Annotations(*(rows[name][row, :length] for name in Annotations._fields))
-            closing = np.flatnonzero(_CLOSING[a.type])
-            self.length[row] = length
-            if not len(closing):
-                continue
-            at = int(closing[-1])
-            if a.track[at] >= 0 and a.type[at] in (Family.BAR, Family.FILL):
-                self.cell[row] = at, a.bar[at], a.instrument[at], a.ordinal[at], a.time[at]
-                self.sounding[row] = (a.type[at:] == Family.TIME).any()
+        return self.model.run_layers(x, m, query.position.to(device), time, attend_cached)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these streams only, in this order; a row may be named twice, to branch."""
-        rows = np.asarray(rows, dtype=np.int64)
-        index = torch.from_numpy(rows).to(self.cache.device)
-        self.cache, self.fields = self.cache.index_select(2, index), self.fields.index_select(1, index)
-        for name in ("used", "length", "cell", "sounding"):
-            setattr(self, name, getattr(self, name)[rows])
+        kept: list[Stream] = []
+        for row in rows:
+            stream = self.streams[row]
+            kept.append(stream.branch() if stream in kept else stream)
+        self.streams = kept
 
     def branch(self, rows: Sequence[int]) -> DecodingSession:
-        """A session that goes on with these streams, in this order; this one stays as it is."""
-        twin = copy.copy(self)  # nothing is shared for long: a session's state is replaced, or copied by `keep`
-        twin.keep(rows)
+        """A session that goes on with these streams, in this order; this one stays as it is. They share what is read."""
+        twin = copy.copy(self)
+        twin.streams = [self.streams[row].branch() for row in rows]
         return twin
-
-    # --- inside ---------------------------------------------------------------------------------------------
-
-    def _write_fields(self, fields: Tensor, present: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Give each present one of (B, Q) the next free slot of its stream; (rows, slots) to write keys to."""
-        if (self.used + present.sum(axis=1)).max() > self.capacity:
-            raise ValueError(f"the session holds {self.capacity} tokens and summaries a stream, this is one more")
-        slots = np.where(present, self.used[:, None] + np.cumsum(present, axis=1) - 1, self.capacity)
-        self.used = self.used + present.sum(axis=1)
-        slots = torch.from_numpy(slots).to(self.cache.device)
-        rows = torch.arange(self.batch_size, device=self.cache.device)[:, None].expand_as(slots)
-        self.fields[:, rows, slots] = fields
-        return rows, slots
-
-    def _visible_keys(self, query: Fields) -> tuple[Visibility, Tensor | None]:
-        """What the queries see of the cache; on a CPU with the places of the n keys that any query of a row sees,
-        (B, n) into the flattened (B * slots): a step's time goes into reading keys, and most are not seen."""
-        length = int(self.used.max())
-        mask = row_mask(self.rule, query, Fields(*self.fields[:, :, :length]))
-        if self.cache.device.type != "cpu":
-            return Visibility(mask, self.cache.dtype), None
-        seen = mask.numpy().any(axis=1)
-        count = seen.sum(axis=1)
-        index = np.zeros((len(seen), max(int(count.max()), 1)), dtype=np.int64)
-        exists = np.arange(index.shape[1]) < count[:, None]
-        index[exists] = np.nonzero(seen)[1]
-        mask = mask.gather(2, torch.from_numpy(index)[:, None].expand(-1, mask.shape[1], -1))
-        index += np.arange(len(index))[:, None] * (self.capacity + 1)
-        return Visibility(mask & torch.from_numpy(exists)[:, None], self.cache.dtype), torch.from_numpy(index)
-
-    def _follow(self, a: Annotations, active: np.ndarray) -> None:
-        """Keep track of the bar or fill that is being written, past one token of each active stream."""
-        closes = active & _CLOSING[a.type]
-        opens = closes & (a.track >= 0) & ((a.type == Family.BAR) | (a.type == Family.FILL))
-        opener = np.stack([self.length, a.bar, a.instrument, a.ordinal, a.time], axis=1)
-        self.cell = np.where(opens[:, None], opener, np.where(closes[:, None], -1, self.cell))
-        starts_onset = active & (a.type == Family.TIME) & (a.track >= 0)
-        self.sounding = (self.sounding & ~closes) | starts_onset
-        self.length = self.length + active

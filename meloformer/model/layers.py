@@ -27,13 +27,14 @@ TIME_WAVES = (0.5, 2.0**15)
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension, in the dtype of x."""
 
-    def __init__(self, size: int, eps: float = 1e-6):
+    EPS = 1e-6
+
+    def __init__(self, size: int):
         super().__init__()
-        self.eps = eps
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.EPS)
 
 
 class FeedForward(nn.Module):
@@ -60,10 +61,13 @@ class Rotary:
 
     def __call__(self, position: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin (B, T, D / 2) float32 for stream positions and ticks (B, T)."""
+        if self.position_rates.device != position.device:  # sent once: what decodes must not wait for the host
+            self.position_rates = self.position_rates.to(position.device)
+            self.time_rates = None if self.time_rates is None else self.time_rates.to(position.device)
         # In float64 and reduced to one turn before float32: a late tick turns thousands of times.
-        turns = position[..., None].double() * self.position_rates.to(position.device)
+        turns = position[..., None].double() * self.position_rates
         if self.time_rates is not None:
-            turns = torch.cat([turns, time[..., None].double() * self.time_rates.to(time.device)], dim=-1)
+            turns = torch.cat([turns, time[..., None].double() * self.time_rates], dim=-1)
         angle = (2 * math.pi * (turns - turns.floor())).float()
         return angle.cos(), angle.sin()
 

@@ -21,6 +21,7 @@ unbroken run of the stream, so the two say the same, and in decoding a BAR need 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -73,7 +74,13 @@ class Fields(NamedTuple):
 def kinds(type: Tensor, track: Tensor, bar: Tensor) -> Tensor:
     """Kind of regular tokens. Global: the conductor's tokens, INSTRUMENT, and the controls of stream and tracks."""
     is_global = ((track < 0) | (bar < 0)) & (type != Family.EOS) & (type != Family.PAD)
-    return _KIND_OF_TYPE.to(type.device)[type.long()].masked_fill(is_global, GLOBAL)
+    return _kind_of_type(type.device)[type.long()].masked_fill(is_global, GLOBAL)
+
+
+@lru_cache
+def _kind_of_type(device: torch.device) -> Tensor:
+    """The table on a device, sent there once: what decodes there must not wait for the host."""
+    return _KIND_OF_TYPE.to(device)
 
 
 def joint_fields(batch: Mapping[str, np.ndarray | Tensor], summaries: bool = True) -> Fields:
