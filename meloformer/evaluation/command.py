@@ -1,5 +1,7 @@
 """evaluate.py: held-out likelihood of a checkpoint beside what guessing without a network reaches.
 
+With `--generated` in the place of `--checkpoint` it measures music instead (meloformer.evaluation.compare).
+
 In: an `EvaluateConfig`. The rows are cut and packed as they were in training, by the data settings saved with the
 checkpoint, or into rows of `max_seq_len`, and each is read once. Out: a table, and evaluation.json in the run's folder
 (or `output`), whole or absent:
@@ -28,6 +30,7 @@ from meloformer.device import choose_device, choose_precision
 from meloformer.errors import UserError
 from meloformer.evaluation.baselines import evaluate_baselines
 from meloformer.evaluation.by_piece import evaluate_pieces
+from meloformer.evaluation.compare import compare
 from meloformer.files import write_atomic
 from meloformer.model.transformer import MeloFormer, find_pretrained
 from meloformer.training.checkpoint import read_state
@@ -37,6 +40,8 @@ EVALUATION = "evaluation.json"
 
 def run(config: EvaluateConfig) -> dict:
     """Evaluate, print the table, write the file; returns what was written."""
+    if config.generated:
+        return compare(config)
     folder = find_pretrained(config.checkpoint)
     state = read_state(folder)
     output = Path(config.output) if config.output else run_folder(folder) / EVALUATION
