@@ -4,7 +4,8 @@ In: an `EvaluateConfig` with `generated`, `reference` and perhaps `training` (fo
 table on screen, and report.json and report.html in `output` (default: the generated folder).
 
 Real music differs from real music, so each figure of the generated pieces stands beside one half of the reference, the
-other half, and the band in which 95 % of random halves lie. The controls are made of the second half: its bars
+other half, and a band: what lies outside differs from real music by more than random halves of it differ from one
+another, in 95 % of the splits. The controls are made of the second half: its bars
 shuffled, its pitched bars taken from other songs, a loop of four bars. Where a control passes, the reference is too
 small, or too odd, to tell.
 
@@ -94,14 +95,21 @@ def halves(pieces: int, count: int, seed: int = 0) -> np.ndarray:
 
 
 def bands(reference: Measured) -> tuple[dict[str, list[float | None]], dict[str, np.ndarray]]:
-    """{metric: [low, high]} of random halves, errors against the other half; {view: (2, distances)} of their curves."""
+    """{metric: [low, high]} and {view: (2, distances)} around the real pieces' own value: how far one random half lies
+    from the other, in 95 % of the splits. Errors are of one half against the other: 0 to the 95th percentile.
+
+    Two halves and not a half and the whole, which shares its pieces: generated pieces share none with the real ones.
+    """
     chosen = halves(len(reference.pieces), HALVES)
-    curves = reference.curves(chosen)
-    values = reference.numbers(reference.curves(1 - chosen), chosen)
-    scalar = {name: _plain_list(_quantiles(value)) for name, value in values.items()}
+    one, other, whole = (reference.curves(weights) for weights in (chosen, 1 - chosen, None))
+    found, complement = reference.numbers(other, chosen), reference.numbers(one, 1 - chosen)
+    scalar = {
+        name: _plain_list(value + _quantiles(found[name] - complement[name]))
+        for name, value in reference.numbers(whole).items()
+    }
     for view in VIEWS:  # an error cannot be too small
-        scalar[f"error {view}"] = [0.0, _plain(_quantiles(values[f"error {view}"], (0.95,))[0])]
-    return scalar, {view: _quantiles(values) for view, values in curves.items()}
+        scalar[f"error {view}"] = [0.0, _plain(_quantiles(found[f"error {view}"], (0.95,))[0])]
+    return scalar, {view: whole[view] + _quantiles(one[view] - other[view]) for view in VIEWS}
 
 
 def _quantiles(values: np.ndarray, at: Sequence[float] = BAND) -> np.ndarray:
@@ -260,7 +268,7 @@ def text_report(report: dict) -> str:
             f"{key.replace('_', ' '):30}{cells[0]:>10}{cells[1]:>9}{cells[2]:>9}{band:>21}"
             f"{cells[3]:>10}{cells[4]:>9}{cells[5]:>9}{mark}"
         )
-    lines += ["", "* outside the band in which 95 % of random halves of the real pieces lie"]
+    lines += ["", "* differs from the real pieces by more than 95 % of their random halves differ from each other"]
     for name in CONTROLS:
         if not report["outside"][name]:
             lines.append(f"warning: the control '{name}' passes for music: the reference is too small to tell")

@@ -41,6 +41,7 @@ p, ul { max-width: 56rem; margin: .4rem 0; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
 th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #e3e5e9; white-space: nowrap; }
+th { white-space: normal; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; }
 td.outside { color: #b3203f; font-weight: 600; } td.inside { color: #1d7a50; }
 .plots { display: flex; flex-wrap: wrap; gap: .8rem 1.2rem; }
@@ -59,10 +60,12 @@ def html_report(report: Mapping) -> str:
         "<h1>Generated beside real music</h1>",
         f"<p>{counts['generated']} pieces of <b>{escape(report['generated'])}</b> beside two halves, {counts['real']} "
         f"and {counts['second half']} pieces, of <b>{escape(report['reference'])}</b>. Closer to real music is better, "
-        "not higher. A figure is inside where 95 % of random halves of the real pieces lie around it too.</p>",
+        "not higher. A figure is inside where it differs from the real pieces by no more than 95 % of their random "
+        "halves differ from each other.</p>",
         "<h2>How much a piece is like itself, so many bars later</h2>",
         _legend(STYLES),
-        "<p>The grey band holds 95 % of random halves of the real pieces. Peaks at multiples of four are phrases.</p>",
+        "<p>The grey band is how far random halves of the real pieces lie from each other. Peaks at multiples of four "
+        "are phrases.</p>",
         "<div class='plots'>",
     ]
     for view in VIEWS:
@@ -88,7 +91,7 @@ def html_report(report: Mapping) -> str:
 
 
 def _numbers(report: Mapping) -> str:
-    heads = ["", "generated", "is", "real", "second half", "95 % of real halves", *list(STYLES)[3:]]
+    heads = ["", "generated", "is", "real", "second half", "band of real halves", *list(STYLES)[3:]]
     html = ["<div class='scroll'><table><thead><tr>", *(f"<th>{escape(head)}</th>" for head in heads), "</tr></thead>"]
     for key in report["numbers"]["generated"]:
         low, high = report["bands"][key]
