@@ -1,4 +1,5 @@
-"""Measure a checkpoint on held-out pieces: python evaluate.py --checkpoint runs/base"""
+"""Measure a checkpoint on held-out pieces: python evaluate.py --checkpoint runs/base
+or generated music beside real music: python evaluate.py --generated out/ --reference held_out/ --training runs/base"""
 
 from meloformer.command_line import load
 from meloformer.errors import exit_cleanly

@@ -406,7 +406,15 @@ class EvaluateConfig(Settings):
     """What evaluate.py takes."""
 
     family: Literal["meloformer", "fractal"] = option("meloformer", FAMILY_HELP, shown="what the checkpoint is")
-    checkpoint: str = option(help="a run (its best checkpoint is taken) or one checkpoint")
+    checkpoint: str | None = option(None, "a run (its best checkpoint is taken) or one checkpoint: its likelihood")
+    generated: str | None = option(None, "instead of a checkpoint, a folder of MIDI to measure beside --reference")
+    reference: str | None = option(
+        None, "held-out real music, best twice as many pieces: a folder of MIDI or of shards, or a run (its validation)"
+    )
+    training: str | None = option(
+        None, "what the model learnt from, to find copies: a folder of MIDI or of shards, or a run (its own pieces)"
+    )
+    max_pieces: int = option(500, "read at most so many pieces of --generated and of --reference")
     data_dir: str | None = option(None, "folder that preprocess_data.py wrote", shown="the run's own")
     split: Literal["validation", "train"] = option("validation", "which pieces, by the run's own split")
     max_seq_len: int | None = option(
@@ -415,9 +423,22 @@ class EvaluateConfig(Settings):
     batch_size: int = option(1, "rows in one pass")
     device: str = option("auto", "auto, cpu, cuda or cuda:1")
     precision: Literal["auto", "bf16", "fp32"] = option("auto", "auto is bf16 on hardware that has it, else fp32")
-    output: str | None = option(None, "file for the numbers", shown="evaluation.json in the run's folder")
+    output: str | None = option(
+        None,
+        "file for the numbers; with --generated a folder for report.json and report.html",
+        shown="evaluation.json in the run's folder, or the generated folder",
+    )
 
     def validate(self) -> None:
+        if (self.checkpoint is None) == (self.generated is None):
+            raise UserError(
+                "give --checkpoint for likelihood, or --generated and --reference to measure music: one of them"
+            )
+        if (self.generated is None) != (self.reference is None):
+            raise UserError("--generated and --reference go together: a figure means something beside real music only")
+        if self.training is not None and self.generated is None:
+            raise UserError("--training is what --generated is searched for copies of; give that too")
+        self.require(self.max_pieces >= 1, "max_pieces", self.max_pieces, "at least 1", "500 is the default")
         self.require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1", "1 is the default")
         rows = self.max_seq_len
         self.require(rows is None or rows >= 16, "max_seq_len", rows, "at least 16", "leave it out for the run's own")

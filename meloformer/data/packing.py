@@ -103,11 +103,18 @@ class RowPlan:
     """`num_rows`, `windows` (WINDOW_DTYPE, in row order), `skipped` (Counter), `fill` ({"tokens", "segments"}).
 
     The training split is shuffled and augmented anew each epoch, the validation split never; `augment=False` gives
-    the training split as the validation split is given.
+    the training split as the validation split is given. `without`: numbers of pieces to leave out.
     """
 
     def __init__(
-        self, corpus: Corpus, data: DataConfig, seed: int = 0, epoch: int = 0, split: Split = "train", augment=None
+        self,
+        corpus: Corpus,
+        data: DataConfig,
+        seed: int = 0,
+        epoch: int = 0,
+        split: Split = "train",
+        augment: bool | None = None,
+        without: np.ndarray | None = None,
     ):
         if split not in ("train", "validation"):
             raise ValueError(f"split is {split!r}, must be train or validation")
@@ -117,7 +124,7 @@ class RowPlan:
         self.seed, self.epoch = (seed, epoch) if self.augmented else (0, 0)
         self.tokenizer = Tokenizer(corpus.vocabulary)
         pieces, self.skipped = split_pieces(corpus, data)
-        self.pieces = pieces[split]
+        self.pieces = pieces[split] if without is None else np.setdiff1d(pieces[split], without)
         windows = self._windows()
         order, self._row_offsets = self._pack(windows)
         self.windows = windows[order]

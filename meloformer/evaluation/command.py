@@ -1,5 +1,7 @@
 """evaluate.py: held-out likelihood of a checkpoint beside what guessing without a network reaches.
 
+With `--generated` in the place of `--checkpoint` it measures music instead (meloformer.evaluation.compare).
+
 In: an `EvaluateConfig`. The rows are cut and packed as they were in training, by the data settings saved with the
 checkpoint, or into rows of `max_seq_len`, and each is read once. Out: a table, and evaluation.json in the run's folder
 (or `output`), whole or absent:
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -26,7 +29,8 @@ from meloformer.data import Corpus, RowPlan
 from meloformer.device import choose_device, choose_precision
 from meloformer.errors import UserError
 from meloformer.evaluation.baselines import evaluate_baselines
-from meloformer.evaluation.likelihood import evaluate_likelihood, split_batches
+from meloformer.evaluation.by_piece import evaluate_pieces
+from meloformer.evaluation.compare import compare
 from meloformer.files import write_atomic
 from meloformer.model import MeloFormer
 from meloformer.pretrained import find_pretrained
@@ -37,6 +41,8 @@ EVALUATION = "evaluation.json"
 
 def run(config: EvaluateConfig) -> dict:
     """Evaluate, print the table, write the file; returns what was written."""
+    if config.generated:
+        return compare(config)
     folder = find_pretrained(config.checkpoint)
     state = read_state(folder)
     output = Path(config.output) if config.output else run_folder(folder) / EVALUATION
@@ -60,14 +66,16 @@ def run(config: EvaluateConfig) -> dict:
     if corpus.hash != state["fixed"]["data_hash"]:
         print(f"note: {data.data_dir} is not the corpus that {folder} was trained on")
 
-    batches = tqdm(
-        split_batches(plan, config.batch_size),
+    progress = partial(
+        tqdm,
         total=-(-plan.num_rows // config.batch_size),
         unit="batch",
         desc=config.split,
         mininterval=0.5 if sys.stderr.isatty() else 30.0,
     )
-    likelihood = evaluate_likelihood(model, batches, precision)
+    likelihood = evaluate_pieces(model, plan, config.batch_size, precision, progress=progress)
+    by_piece = likelihood["by_piece"]
+    by_piece["name"] = [corpus.name(piece) for piece in by_piece.pop("piece")]
     evaluation = {
         **likelihood,
         "baselines": evaluate_baselines(corpus, data) if config.split == "validation" else {},
@@ -91,7 +99,7 @@ def run_folder(checkpoint: Path) -> Path:
 
 
 def report(evaluation: dict) -> str:
-    """The numbers as text: the model and the baselines, then the model by token type."""
+    """The numbers as text: the model and the baselines, then the model by token type, by bar, and how sure it is."""
     lines = [
         f"{evaluation['checkpoint']}, step {evaluation['step']}: {evaluation['split']} split, "
         f"{evaluation['pieces']:,} pieces, {evaluation['notes']:,} notes, {evaluation['bars']:,} bars, "
@@ -109,4 +117,15 @@ def report(evaluation: dict) -> str:
     for name, entry in evaluation["by_type"].items():
         share = entry["nats"] / evaluation["nats"] if evaluation["nats"] else 0.0
         lines.append(f"{name:14}{entry['tokens']:12,}{share:10.1%}{entry['nats_per_token']:10.3f}")
+    lines += ["", f"{'bars':14}{'notes':>12}{'nats a note':>14}"]
+    for entry in evaluation["by_bar"]:
+        lines.append(f"{entry['bars']:14}{entry['notes']:12,}{entry['nats_per_note']:14.3f}")
+    lines += ["", f"{'first tokens':14}{'pieces':>12}{'perplexity':>14}"]
+    for limit, entry in evaluation["first_tokens"].items():
+        value = "rows too short" if entry["perplexity"] is None else f"{entry['perplexity']:.3f}"
+        lines.append(f"{int(limit):<14,}{entry['pieces']:12,}{value:>14}")
+    interval = evaluation["nats_per_note_interval"]
+    if interval:
+        lines += ["", f"95 % of bootstrap samples of the pieces: {interval[0]:.3f} to {interval[1]:.3f} nats a note"]
+    lines.append(f"{evaluation['tokens_per_second']:,.0f} tokens/s")
     return "\n".join(lines)

@@ -17,7 +17,7 @@ models compare whatever their tokens are; per token does not have that property.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -119,12 +119,18 @@ def split_batches(
 
     Of `world_size` processes each gets its share of the rows, the process `rank` those from `rank` on.
     """
-    rows = range(plan.num_rows)
-    if max_rows is not None and plan.num_rows > max_rows:
-        # Rows lie from long pieces to short ones: the first ones alone would not speak for the split.
-        rows = [(2 * i + 1) * plan.num_rows // (2 * max_rows) for i in range(max_rows)]
-    rows = rows[rank::world_size]
+    rows = spread(plan.num_rows, max_rows)[rank::world_size]
     for first in range(0, len(rows), batch_size):
         group = [plan.row(row)[0] for row in rows[first : first + batch_size]]
         group += [plan.empty_row()] * (batch_size - len(group))
         yield stack_rows(group)
+
+
+def spread(num_rows: int, max_rows: int | None) -> Sequence[int]:
+    """All rows of a plan, or `max_rows` of them.
+
+    Rows lie from long pieces to short ones: the first ones alone would not speak for the split.
+    """
+    if max_rows is None or num_rows <= max_rows:
+        return range(num_rows)
+    return [(2 * i + 1) * num_rows // (2 * max_rows) for i in range(max_rows)]

@@ -3,6 +3,7 @@
     prepare(batch)        annotated rows (numpy, `hid.rows`) -> Inputs: tensors on the model's device, the mask included
     forward(inputs)       -> logits (B, N, V), in stream order
     training_loss(batch)  -> (sum of nats, number of targets, {"nats": (families,), "count": (families,)})
+    token_nats(inputs)    -> (B, N) nats of each target, in stream order
     logits(tokens)        one plain stream (T,) -> (T, V)
 
 >>> model = MeloFormer.from_pretrained("runs/base")   # doctest: +SKIP
@@ -283,9 +284,7 @@ class MeloFormer(nn.Module):
     def training_loss(self, batch: Mapping[str, np.ndarray] | Inputs) -> tuple[Tensor, int, dict[str, Tensor]]:
         """Sum of nats over the targets, their number, and both by Family of the target; no synchronisation."""
         inputs = batch if isinstance(batch, Inputs) else self.prepare(batch)
-        # The head over V ids is a fifth of a small model's work: only positions with a target go through it.
-        hidden = self.hidden(inputs).flatten(0, 1)[inputs.target_index]
-        nats = F.cross_entropy(self.head(hidden).float(), inputs.targets, reduction="none")
+        nats = self._target_nats(inputs)
         with torch.no_grad():
             family = self.family_of[inputs.targets]
             zeros = nats.new_zeros(len(Family))
@@ -294,6 +293,19 @@ class MeloFormer(nn.Module):
                 "count": zeros.index_add(0, family, torch.ones_like(nats)),
             }
         return nats.sum(), inputs.num_targets, metrics
+
+    def token_nats(self, inputs: Inputs) -> Tensor:
+        """(B, N) float32, in stream order: nats of the target at each position, 0 where it has none."""
+        spread = torch.zeros(inputs.tokens.numel(), device=self.device)
+        spread[inputs.target_index] = self._target_nats(inputs)
+        spread = spread.view(inputs.tokens.shape)
+        return spread if inputs.place is None else spread.gather(1, inputs.place)
+
+    def _target_nats(self, inputs: Inputs) -> Tensor:
+        """(K,) float32 nats of `inputs.targets`."""
+        # The head over V ids is a fifth of a small model's work: only positions with a target go through it.
+        hidden = self.hidden(inputs).flatten(0, 1)[inputs.target_index]
+        return F.cross_entropy(self.head(hidden).float(), inputs.targets, reduction="none")
 
     @torch.no_grad()
     def logits(self, tokens: np.ndarray) -> Tensor:
