@@ -27,7 +27,7 @@ from meloformer.data.sources import Input, Source
 from meloformer.errors import UserError
 from meloformer.evaluation.bars import Bars, bars_of, bars_of_stream
 from meloformer.midi import MidiError, read_score
-from meloformer.model.transformer import WEIGHTS, find_pretrained
+from meloformer.pretrained import WEIGHTS, find_pretrained
 from meloformer.training.checkpoint import read_state
 
 MIN_NOTES = 16  # as in preprocessing: less is no piece
