@@ -29,7 +29,6 @@ from meloformer.data.sources import Input  # noqa: E402
 from meloformer.hid import Tokenizer  # noqa: E402
 from tests.data.mutate import mutate  # noqa: E402
 
-LARGEST = 100_000  # bytes of a file to mutate
 BUGS = {"internal_error", "crashed", "timeout", "memory"}
 
 
@@ -39,12 +38,13 @@ def main() -> None:
     parser.add_argument("--midi", default=default, help="a folder of MIDI files")
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--largest", type=int, default=100_000, help="bytes of a file to mutate")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--file-timeout", type=float, default=60.0)
     given = parser.parse_args()
     rng = np.random.default_rng(given.seed)
     originals = [Path(source.path) for source in Input(given.midi)]
-    originals = [path for path in originals if path.stat().st_size <= LARGEST]
+    originals = [path for path in originals if path.stat().st_size <= given.largest]
     with tempfile.TemporaryDirectory() as scratch:
         folder, output = Path(scratch) / "midi", Path(scratch) / "out"
         folder.mkdir()

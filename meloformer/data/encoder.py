@@ -41,6 +41,19 @@ class Encoded(NamedTuple):
     content: int
     shingles: np.ndarray
 
+    def __reduce__(self):
+        # From worker to parent arrays go as bytes, which takes a fifth of the time.
+        return _unpacked, tuple(_packed(value) for value in (*self.piece, *self[1:]))
+
+
+def _packed(value):
+    return (value.dtype.str, value.tobytes()) if isinstance(value, np.ndarray) else value
+
+
+def _unpacked(*values) -> Encoded:
+    values = [np.frombuffer(value[1], value[0]) if isinstance(value, tuple) else value for value in values]
+    return Encoded(Piece(*values[: len(Piece._fields)]), *values[len(Piece._fields) :])
+
 
 class Encoder:
     """Turns a `Source` into `Encoded` or `Rejected`."""
@@ -87,7 +100,7 @@ class Encoder:
         # in the shard's own types here already: less to hand over, and less for the writer to do
         segments = {column: values.astype(SHARD_DTYPES[column]) for column, values in segments.items()}
         return Encoded(
-            Piece(name, tokens, **segments, changes=grid.counts),
+            Piece(name, tokens, **segments, changes=dict(grid.counts)),
             num_bars,
             num_notes,
             encoding.num_track_bars,

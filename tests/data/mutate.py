@@ -10,7 +10,7 @@ import struct
 
 import numpy as np
 
-from meloformer.midi.chunks import events, header, track_chunk
+from meloformer.midi.chunks import MAX_DELTA, events, header, track_chunk
 from meloformer.midi.score import MidiError
 
 GENTLE_SHARE = 0.75
@@ -98,7 +98,14 @@ def _other_status(track: _Events, rng) -> _Events:
 
 def _other_deltas(track: _Events, rng) -> _Events:
     for i in _some(track, rng):
-        choices = [0, 1, track[i][0] * 2, int(rng.integers(2000)), int(rng.integers(100_000)), 2**28 - 1]
+        choices = [
+            0,
+            1,
+            min(track[i][0] * 2, MAX_DELTA),
+            int(rng.integers(2000)),
+            int(rng.integers(100_000)),
+            MAX_DELTA,
+        ]
         track[i] = choices[rng.choice(len(choices), p=[0.3, 0.2, 0.2, 0.25, 0.03, 0.02])], track[i][1]
     return track
 
