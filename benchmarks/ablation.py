@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -121,33 +122,63 @@ def held_out(
 # --- one run ----------------------------------------------------------------------------------------------------
 
 
+def reference_model(arguments: argparse.Namespace) -> ModelConfig:
+    """The default rule at the size that is asked for; its parameters are everybody's."""
+    given = {key: getattr(arguments, key) for key in ("n_layer", "n_head", "d_model", "d_ff")}
+    return ModelConfig(size=arguments.model_size, dropout=arguments.dropout, **given)
+
+
 def equal_parameters(config: ModelConfig, target: int, vocabulary: Vocabulary) -> ModelConfig:
     """The config with the d_ff that brings its parameters nearest to `target`."""
 
-    def count(d_ff: int) -> int:
+    def parameters(d_ff: int) -> int:
         with torch.device("meta"):
             return MeloFormer(replace(config, d_ff=d_ff), vocabulary).num_parameters()
 
-    low, high = count(8), count(16)  # parameters are linear in d_ff
+    low, high = parameters(8), parameters(16)  # linear in d_ff
     d_ff = max(8, round(8 + (target - low) * 8 / (high - low)))
     return replace(config, d_ff=d_ff)
 
 
-def steps_of(plan_of_epoch: Callable[[int], RowPlan], steps: int, arguments) -> Iterator[Step]:
-    """So many steps' batches, epoch after epoch."""
-    epoch = done = 0
-    while done < steps:
-        rows = arguments.batch_size * arguments.gradient_accumulation_steps
-        of_epoch = batches(
+def steps_of(plan_of_epoch: Callable[[int], RowPlan], arguments: argparse.Namespace) -> Iterator[Step]:
+    """Batches of steps, epoch after epoch, without end."""
+    rows = arguments.batch_size * arguments.gradient_accumulation_steps
+    for epoch in count():
+        yield from batches(
             plan_of_epoch(epoch), rows_per_step=rows, micro_batch=arguments.batch_size, num_workers=arguments.workers
         )
-        with closing(of_epoch):
-            for step in of_epoch:
-                if done == steps:
-                    return
-                yield step
-                done += 1
-        epoch += 1
+
+
+def fit(
+    model: MeloFormer,
+    steps: Iterator[Step],
+    arguments: argparse.Namespace,
+    precision: torch.dtype,
+    look: Callable[[int, float], None],
+) -> dict:
+    """Train for `arguments.steps`; returns the number of targets, seconds and processor seconds. `look(step, seconds)`
+    is called every `curve_steps`, its time apart."""
+    optimizers = build_optimizers(model, arguments.optimizer, arguments.learning_rate, 0.1, (0.9, 0.95))
+    peak, warmup = arguments.learning_rate, max(1, arguments.steps // 20)
+    targets, seconds, processor = 0, 0.0, 0.0
+    model.train()
+    with closing(steps):
+        for number, step in enumerate(islice(steps, arguments.steps)):
+            started, began = time.perf_counter(), time.process_time()
+            set_learning_rate(optimizers, learning_rate(number, peak, peak / 10, warmup, arguments.steps))
+            accumulate(model, step, precision, step.num_targets)
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            if model.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds += time.perf_counter() - started
+            processor += time.process_time() - began
+            targets += step.num_targets
+            if (number + 1) % arguments.curve_steps == 0 and number + 1 < arguments.steps:
+                look(number + 1, seconds)
+    return {"targets": targets, "seconds": seconds, "processor_seconds": processor}
 
 
 def run_one(name: str, seed: int, corpus: Corpus, arguments: argparse.Namespace) -> dict:
@@ -155,8 +186,7 @@ def run_one(name: str, seed: int, corpus: Corpus, arguments: argparse.Namespace)
     variant = VARIANTS[name]
     device = choose_device(arguments.device)
     precision = choose_precision(arguments.precision, device)
-    base = {key: getattr(arguments, key) for key in ("n_layer", "n_head", "d_model", "d_ff")}
-    reference = ModelConfig(size=arguments.model_size, dropout=arguments.dropout, **base)
+    reference = reference_model(arguments)
     target = MeloFormer(reference, corpus.vocabulary).num_parameters()
     config = equal_parameters(replace(reference, **variant.model), target, corpus.vocabulary)
     fraction = arguments.held_out
@@ -172,30 +202,17 @@ def run_one(name: str, seed: int, corpus: Corpus, arguments: argparse.Namespace)
 
     torch.manual_seed(seed)
     model = MeloFormer(config, corpus.vocabulary, data.max_seq_len).to(device)
-    optimizers = build_optimizers(model, arguments.optimizer, arguments.learning_rate, 0.1, (0.9, 0.95))
-    curve, tokens, seconds, processor = [], 0, 0.0, 0.0
-    model.train()
-    plans = lambda epoch: variant.plan(corpus, data, seed, epoch, "train")  # noqa: E731
-    for number, step in enumerate(steps_of(plans, arguments.steps, arguments)):
-        started, began = time.perf_counter(), time.process_time()
-        rate = arguments.learning_rate
-        set_learning_rate(
-            optimizers, learning_rate(number, rate, rate / 10, max(1, arguments.steps // 20), arguments.steps)
-        )
-        accumulate(model, step, precision, step.num_targets)
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds += time.perf_counter() - started
-        processor += time.process_time() - began
-        tokens += step.num_targets
-        if (number + 1) % arguments.curve_steps == 0 and number + 1 < arguments.steps:
-            part = evaluate_pieces(model, validation, arguments.batch_size, precision, arguments.curve_rows)
-            curve.append({"step": number + 1, "seconds": seconds, "nats_per_note": part["nats_per_note"]})
-            print(f"    {name}, seed {seed}, step {number + 1}: {part['nats_per_note']:.3f}", flush=True)
+    curve = []
+
+    def look(step: int, seconds: float) -> None:
+        part = evaluate_pieces(model, validation, arguments.batch_size, precision, arguments.curve_rows)
+        curve.append({"step": step, "seconds": seconds, "nats_per_note": part["nats_per_note"]})
+        print(f"    {name}, seed {seed}, step {step}: {part['nats_per_note']:.3f}", flush=True)
+
+    def plan_of(epoch: int) -> RowPlan:
+        return variant.plan(corpus, data, seed, epoch, "train")
+
+    spent = fit(model, steps_of(plan_of, arguments), arguments, precision, look)
     measured = {
         split: evaluate_pieces(model, plan, arguments.batch_size, precision, arguments.eval_rows)
         for split, plan in (("validation", validation), ("test", test))
@@ -206,9 +223,7 @@ def run_one(name: str, seed: int, corpus: Corpus, arguments: argparse.Namespace)
         "seed": seed,
         "parameters": model.num_parameters(),
         "model": config.to_dict(),
-        "targets": tokens,
-        "seconds": seconds,
-        "processor_seconds": processor,
+        **spent,
         "curve": curve,
         **measured,
     }
@@ -267,8 +282,8 @@ def show(table: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """Flags of the corpus, the model and its training."""
     parser.add_argument("--output", type=Path, required=True, help="folder of the results; finished runs are kept")
     parser.add_argument("--data_dir", help="folder that preprocess_data.py wrote, instead of --midi")
     parser.add_argument("--midi", help="folder of MIDI files (default: $MELOFORMER_MIDI, or ../shared/midi)")
@@ -277,8 +292,6 @@ def parse() -> argparse.Namespace:
         default="freedoom,vizdoom_freedoom,midi_archive,classical,tests_multitrack",
         help="its folders to take: those with several instruments; '' takes all",
     )
-    parser.add_argument("--variants", default=",".join(VARIANTS), help="names, with commas: " + ", ".join(VARIANTS))
-    parser.add_argument("--seeds", default="0,1,2", help="numbers, with commas; all variants of a seed run first")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--model_size", default="small")
     for name in ("n_layer", "n_head", "d_model", "d_ff"):
@@ -298,11 +311,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--workers", type=int, default=0, help="threads that build rows ahead; for preprocessing, processes"
     )
-    return parser.parse_args()
 
 
 def main() -> None:
-    arguments = parse()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--variants", default=",".join(VARIANTS), help="names, with commas: " + ", ".join(VARIANTS))
+    parser.add_argument("--seeds", default="0,1,2", help="numbers, with commas; all variants of a seed run first")
+    add_common(parser)
+    arguments = parser.parse_args()
     names = arguments.variants.split(",")
     for name in names:
         if name not in VARIANTS:

@@ -56,7 +56,7 @@ def bar_major(tokens: np.ndarray, vocabulary: Vocabulary) -> tuple[np.ndarray, n
 
 
 def reorder(row: dict[str, np.ndarray], orders: list[np.ndarray]) -> dict[str, np.ndarray]:
-    """The row with each document's tokens in its order; segments and targets follow."""
+    """The row with each document's tokens in its order; targets and the places of segments follow."""
     lengths = [len(order) for order in orders]
     offsets = np.concatenate(([0], np.cumsum(lengths))).astype(int)
     padding = np.arange(offsets[-1], len(row["tokens"]))
@@ -77,16 +77,6 @@ def reorder(row: dict[str, np.ndarray], orders: list[np.ndarray]) -> dict[str, n
         for name in ("segment_start", "segment_end"):
             out[name] = out[name].copy()
             out[name][mine] = place[row[name][mine]]
-    return sorted_segments(out)
-
-
-def sorted_segments(row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Segments in the order in which they stand in the stream, as a row has them."""
-    document = row["segment_document"]
-    order = np.lexsort((row["segment_start"], np.where(document < 0, np.iinfo(np.int32).max, document)))
-    number = np.argsort(order)
-    out = {name: values[order] if name.startswith("segment_") else values for name, values in row.items()}
-    out["segment"] = np.where(row["segment"] >= 0, number[row["segment"]], -1).astype(np.int32)
     return out
 
 

@@ -13,10 +13,12 @@ from benchmarks import ablation
 from benchmarks.ablation import PREDICTED, REFERENCE, VARIANTS, equal_parameters, show, summarise
 from benchmarks.bar_major import BarMajorPlan, bar_major
 from benchmarks.both_sides import inner_cells, only_cells
+from benchmarks.remi import batched, rows_of
 from meloformer.config import VISIBLE, DataConfig, ModelConfig
 from meloformer.data import Corpus, RowPlan
 from meloformer.errors import UserError
 from meloformer.evaluation.by_piece import evaluate_pieces
+from meloformer.evaluation.likelihood import evaluate_likelihood
 from meloformer.hid import Family, Vocabulary, annotate
 from meloformer.hid.deferral import defer
 from meloformer.hid.rows import make_row
@@ -192,3 +194,18 @@ def test_a_finished_run_is_not_run_again(corpus, tmp_path, monkeypatch, capsys):
         run("--learning_rate", "1e-3")
     with pytest.raises(UserError, match="no such variant"):
         run("--variants", "bar_spars")
+
+
+def test_rows_of_another_tokenizer_ask_for_every_token_once():
+    stream = np.arange(100, 123, dtype=np.int32)
+    rows = list(rows_of(stream, 10))
+    asked = np.concatenate([row["targets"][row["targets"] >= 0] for row in rows])
+    assert asked.tolist() == stream[1:].tolist()
+    for row in rows:
+        inside = row["document"] == 0
+        assert inside[row["targets"] >= 0].all(), "padding asks for nothing"
+        assert row["position"][inside].tolist() == list(range(inside.sum()))
+    v = Vocabulary()
+    config = ModelConfig(size="small", n_layer=1, n_head=2, d_model=32, d_ff=48, pattern="full_causal", rotary_axes=1)
+    result = evaluate_likelihood(MeloFormer(config, v).eval(), batched(rows, 2))
+    assert result["tokens"] == 22

@@ -14,7 +14,7 @@ import pytest
 from meloformer.config import EvaluateConfig
 from meloformer.errors import UserError
 from meloformer.evaluation.command import run
-from meloformer.evaluation.compare import Measured, bands, halves, overlapped_area
+from meloformer.evaluation.compare import BAND, HALVES, Measured, bands, halves, overlapped_area
 from meloformer.evaluation.music import load_music
 from meloformer.evaluation.report import histogram, line_chart
 from meloformer.midi import write_midi
@@ -89,6 +89,10 @@ def test_numbers_of_subsets_are_those_of_the_subsets_alone():
         for name, value in alone.items():
             assert found[name][i] == pytest.approx(value, nan_ok=True), name
     scalar, curves = bands(everything)
+    values, splits = everything.values["polyphony all"], halves(7, HALVES) == 1
+    apart = [values[one].mean() - values[~one].mean() for one in splits]
+    assert scalar["polyphony all"] == pytest.approx(values.mean() + np.quantile(apart, BAND))
+    assert scalar["error pitched"][0] == 0 < scalar["error pitched"][1]
     means = everything.means()
     for name, value in means.items():
         assert scalar[name][0] <= value <= scalar[name][1], name

@@ -41,7 +41,11 @@ def test_flex_agrees_with_dense_in_stream_order(config):
         with torch.no_grad():
             expected, got = dense(dense.prepare(rows(seed))), flex(flex.prepare(rows(seed)))
             losses = [model.training_loss(rows(seed)) for model in (dense, flex)]
+            nats = [model.token_nats(model.prepare(rows(seed))) for model in (dense, flex)]
         torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(nats[1], nats[0], atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(nats[0].sum(), losses[0][0], rtol=1e-5, atol=0)
+        assert ((nats[0] > 0).cpu().numpy() == (rows(seed)["targets"] >= 0)).all()
         assert losses[0][1] == losses[1][1] > 0
         torch.testing.assert_close(losses[0][0], losses[1][0], rtol=1e-5, atol=0)
         torch.testing.assert_close(losses[0][2], losses[1][2], rtol=1e-5, atol=1e-4)
