@@ -28,6 +28,7 @@ from typing import NamedTuple
 import numpy as np
 
 from meloformer.hid.annotate import Annotations, annotate
+from meloformer.hid.controls import insert
 from meloformer.hid.deferral import defer, undefer
 from meloformer.hid.grammar import validate
 from meloformer.hid.quantize import quantize
@@ -169,7 +170,10 @@ class Tokenizer:
         encoding = self._tracks(score, lines, len(head))
         tokens = np.concatenate([head, encoding.tokens, [v.EOS]]).astype(np.uint16)
         if score.controls:
-            tokens = self._insert_controls(tokens, score.controls)
+            try:
+                tokens = insert(tokens, score.controls, v)
+            except ValueError as error:
+                raise MidiError(f"a score's control cannot be written: {error}") from None
         return encoding._replace(tokens=tokens)
 
     def _conductor(self, score: Score, lines: np.ndarray) -> np.ndarray:
@@ -233,27 +237,6 @@ class Tokenizer:
         """Index of the first representable duration from each number of ticks on."""
         durations = self.vocabulary.durations
         return np.searchsorted(durations, np.arange(durations[-1] + 1))
-
-    def _insert_controls(self, tokens: np.ndarray, controls: list[Control]) -> np.ndarray:
-        """Each control behind the token it belongs to; chords, with their T, at the end of their conductor bar."""
-        v = self.vocabulary
-        a = annotate(tokens, v)
-        places, inserted = [], []
-        for control in sorted(controls):
-            if control.onset >= 0:  # the last token of that bar of the conductor
-                position = np.flatnonzero((a.track < 0) & (a.bar == control.bar))[-1]
-                inserted += [v.time(control.onset), control.token]
-                places += [position + 1, position + 1]
-                continue
-            head = {-1: Family.BOS if control.track < 0 else Family.INSTRUMENT}.get(control.bar, Family.BAR)
-            at = np.flatnonzero((a.track == control.track) & (a.bar == control.bar) & (a.type == head))
-            if not len(at):
-                raise MidiError(
-                    f"{v.name(control.token)} belongs to bar {control.bar} of a track that does not reach it"
-                )
-            inserted.append(control.token)
-            places.append(at[0] + 1)
-        return np.insert(tokens, places, np.array(inserted, dtype=tokens.dtype))
 
     # --- decode ------------------------------------------------------------------------------------------------
 

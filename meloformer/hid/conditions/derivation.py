@@ -1,0 +1,315 @@
+"""What a piece's conditions are: key, chords, densities, polyphony and roles, as pure functions of its notes.
+
+`derive(score)` takes a quantized Score of any length and returns `Conditions`; 0.4 ms for a piece of 2,200 notes.
+
+>>> from meloformer.midi import Track, note_table
+>>> triads = [(0, 48 * i, 48, p, 80) for i, chord in enumerate(("CEG", "FAC", "GBD", "CEG")) for p in _pitches(chord)]
+>>> score = Score(24, [Track(0)], note_table(triads), num_bars=2, quantized=True)
+>>> found = derive(score)
+>>> key_name(found.key), [(bar, tick, chord_name(chord)) for bar, tick, chord in found.chords.tolist()]
+('C major', [(0, 0, 'C'), (0, 48, 'F'), (1, 0, 'G'), (1, 48, 'C')])
+>>> found.density, found.bar_density.tolist(), found.role.tolist(), found.track_density.tolist()
+(0, [1, 1], [2], [3])
+
+Definitions, every number the value inside its token family:
+
+- *weights*: seconds are not asked for; what a pitch class weighs in a stretch of bars is the number of ticks for which
+  it sounds there, summed over the notes of all parts but the drums.
+- *key*, 0..23 or None without pitched notes: the largest Pearson correlation of the piece's weights with the profiles
+  of Krumhansl and Kessler (Psychological Review 89, 1982, p. 343; printed in Krumhansl, Cognitive Foundations of
+  Musical Pitch, 1990, p. 30).
+- *chords*, one for each half bar where the meter's numerator is even, else for each bar: the chord whose template has
+  the largest cosine with the weights; templates are the chord's pitch classes (after Fujishima, Proc. ICMC 1999,
+  p. 464), the root counted ROOT times, all but plain triads times RARER. The weights have CONTEXT of the whole piece's
+  added to them, so that a fifth without a third takes the third of the key. A bar has one chord unless two gain SPLIT.
+  None where nothing sounds or no template reaches LEAST_FIT, as for a single pitch. Listed where it changes.
+- *density*: notes to a quarter note: of all parts over the whole piece (10 bins), of a part over the bars in which it
+  plays (10 bins), of all parts in each bar (0 for no note, else 7 bins).
+- *polyphony* of a part, not of drums: notes that sound at once, on average while it sounds (6 bins).
+- *role* of a part, the first that holds: drums; bass, a bass program or a mean pitch below 45 (as the order of tracks
+  in a stream has it); other, a program of percussion or sound effects (112-127); pad, polyphony at least 1.5 and notes
+  of two quarters or longer on average; chords, polyphony at least 1.5; melody, a mean pitch of at least G3 (55);
+  other.
+
+The edges of the bins are quantiles of real music. The surprise: a window keeps the piece's key and densities.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from meloformer.hid.conditions.names import NO_CHORD, NUM_PITCHES, NUM_QUALITIES
+from meloformer.hid.controls import BAR, CONDITIONS, ONSET, TOKEN, TRACK
+from meloformer.hid.tokenizer import BASS_MEAN_PITCH, BASS_PROGRAMS, CHORDAL_POLYPHONY, mean_polyphony, track_bounds
+from meloformer.hid.vocabulary import ROLES, Family, Vocabulary
+from meloformer.midi.score import DRUMS, Score
+
+ROOT, CONTEXT, SPLIT, LEAST_FIT, RARER = 1.25, 0.05, 0.1, 0.7, 0.95
+PAD_QUARTERS, MELODY_PITCH = 2.0, 55
+EFFECT_PROGRAMS = range(112, 128)
+# Where the next bin begins. Quantiles of 3,545 pieces of all kinds, rounded: a tenth of the pieces or parts, a seventh of
+# the bars in each bin; of the pitched parts 56 % sound one note at a time, and the other bins share the rest.
+PIECE_DENSITY = np.array([3.0, 4.0, 5.0, 6.0, 7.25, 8.75, 10.25, 12.5, 16.0])
+TRACK_DENSITY = np.array([0.55, 0.75, 0.95, 1.1, 1.25, 1.5, 1.8, 2.25, 3.2])
+BAR_DENSITY = np.array([3.25, 5.0, 6.5, 8.75, 11.5, 16.0])
+POLYPHONY = np.array([1.02, 1.12, 1.45, 1.85, 2.5])
+
+_MAJOR = (6.35, 2.23, 3.48, 2.33, 4.38, 4.09, 2.52, 5.19, 2.39, 3.66, 2.29, 2.88)
+_MINOR = (6.33, 2.68, 3.52, 5.38, 2.60, 3.53, 2.54, 4.75, 3.98, 2.69, 3.34, 3.17)
+_CHORD_STEPS = ((0, 4, 7), (0, 3, 7), (0, 3, 6), (0, 4, 8), (0, 4, 7, 10), (0, 4, 7, 11), (0, 3, 7, 10), (0, 5, 7))
+_SCALE_STEPS = ((0, 2, 4, 5, 7, 9, 11), (0, 2, 3, 5, 7, 8, 10, 11))
+
+
+def _rotations(pattern: np.ndarray) -> np.ndarray:
+    """(12, 12) the pattern from each root on."""
+    return np.stack([np.roll(pattern, root) for root in range(NUM_PITCHES)])
+
+
+def _tones(steps: tuple[int, ...]) -> np.ndarray:
+    return np.isin(np.arange(NUM_PITCHES), steps)
+
+
+# (97, 12) pitch classes of each chord, all of them for none; (24, 12) of each key's scale, minor with both sevenths
+CHORD_TONES = np.concatenate(
+    [
+        np.stack([_rotations(_tones(steps)) for steps in _CHORD_STEPS], axis=1).reshape(-1, NUM_PITCHES),
+        np.ones((1, NUM_PITCHES), dtype=bool),
+    ]
+)
+KEY_TONES = np.concatenate([_rotations(_tones(steps)) for steps in _SCALE_STEPS])
+
+
+def _templates() -> np.ndarray:
+    """(12, 96) unit columns."""
+    templates = CHORD_TONES[:NO_CHORD].astype(np.float64)
+    templates[np.arange(NO_CHORD), np.arange(NO_CHORD) // NUM_QUALITIES] = ROOT
+    templates /= np.linalg.norm(templates, axis=1, keepdims=True)
+    templates[np.arange(NO_CHORD) % NUM_QUALITIES > 1] *= RARER
+    return templates.T.copy()
+
+
+def _profiles() -> np.ndarray:
+    """(12, 24) columns of mean 0 and length 1."""
+    profiles = np.concatenate([_rotations(np.array(profile)) for profile in (_MAJOR, _MINOR)])
+    profiles -= profiles.mean(axis=1, keepdims=True)
+    return (profiles / np.linalg.norm(profiles, axis=1, keepdims=True)).T.copy()
+
+
+_TEMPLATES, _PROFILES = _templates(), _profiles()
+
+
+@dataclass
+class Conditions:
+    """Of one score, its tracks in their order; every number is the value inside its token family.
+
+    chords: (n, 3) int64 rows bar, tick in the bar, chord, each in force until the next; bar_density: (num_bars,);
+    role, track_density, polyphony: (tracks,), polyphony -1 for drums. None: there is nothing to say.
+    """
+
+    key: int | None
+    chords: np.ndarray
+    bar_density: np.ndarray
+    density: int | None
+    role: np.ndarray
+    track_density: np.ndarray
+    polyphony: np.ndarray
+    tag: int | None = None
+
+    def rows(self, vocabulary: Vocabulary, which=CONDITIONS) -> np.ndarray:
+        """(n, 4) int64 rows of controls (`hid.controls`), sorted; only of the given names."""
+        v = vocabulary
+        piece = [
+            v.token(CONDITIONS[name], value)
+            for name, value in (("key", self.key), ("tag", self.tag), ("density", self.density))
+            if name in which and value is not None
+        ]
+        parts = [_rows(-1, -1, -1, np.array(piece, dtype=np.int64))]
+        bars = []
+        if "bar_density" in which:
+            bars.append(_rows(-1, np.arange(len(self.bar_density)), -1, v.start(Family.BAR_DENSITY) + self.bar_density))
+        if "chords" in which:
+            bar, tick, chord = self.chords.T
+            bars.append(_rows(-1, bar, tick, v.start(Family.CHORD) + chord))
+        if len(bars) == 2:
+            both = np.concatenate(bars)
+            bars = [both[np.argsort((both[:, BAR] << 16) + both[:, ONSET], kind="stable")]]
+        tracks = []
+        for name, values in (("role", self.role), ("density", self.track_density), ("polyphony", self.polyphony)):
+            if name in which:
+                said = np.flatnonzero(values >= 0)
+                tracks.append(_rows(said, -1, -1, v.start(CONDITIONS[name]) + values[said]))
+        if len(tracks) > 1:
+            both = np.concatenate(tracks)
+            tracks = [both[np.argsort(both[:, TRACK], kind="stable")]]
+        return np.concatenate(parts + bars + tracks)
+
+
+def _rows(track, bar, onset, token: np.ndarray) -> np.ndarray:
+    rows = np.empty((len(token), 4), dtype=np.int64)
+    rows[:, TRACK], rows[:, BAR], rows[:, ONSET], rows[:, TOKEN] = track, bar, onset, token
+    return rows
+
+
+@dataclass
+class Measures:
+    """What is put into bins: notes to a quarter note, notes at once; and the weights of each half bar."""
+
+    density: float
+    bar_density: np.ndarray  # (num_bars,)
+    track_density: np.ndarray  # (tracks,)
+    polyphony: np.ndarray  # (tracks,)
+    mean_pitch: np.ndarray  # (tracks,)
+    mean_quarters: np.ndarray  # (tracks,) of a note's duration
+    weights: np.ndarray  # (halves, 12) ticks
+    half_bar: np.ndarray  # (halves,) which bar
+    half_tick: np.ndarray  # (halves,) where in it
+
+
+def derive(score: Score, tag: int | None = None) -> Conditions:
+    """The conditions of a quantized score; see the module's docstring."""
+    m = measure(score)
+    total = m.weights.sum(axis=0)
+    has_notes = score.num_notes > 0
+    bar_density = np.searchsorted(BAR_DENSITY, m.bar_density, side="right") + 1
+    is_drum = score.instruments == DRUMS
+    return Conditions(
+        key=find_key(total),
+        chords=find_chords(m.weights, m.half_bar, m.half_tick),
+        bar_density=np.where(m.bar_density > 0, bar_density, 0),
+        density=int(np.searchsorted(PIECE_DENSITY, m.density, side="right")) if has_notes else None,
+        role=find_roles(score, m),
+        track_density=np.searchsorted(TRACK_DENSITY, m.track_density, side="right"),
+        polyphony=np.where(is_drum, -1, np.searchsorted(POLYPHONY, m.polyphony, side="right")),
+        tag=tag,
+    )
+
+
+def measure(score: Score) -> Measures:
+    """The numbers behind the conditions, of a quantized score."""
+    notes, lines = score.notes, score.bar_lines()
+    num_bars, num_tracks = score.num_bars, len(score.tracks)
+    ticks = np.diff(lines)
+    quarters = ticks / score.ticks_per_quarter
+    starts, half_bar, half_tick = _halves(score, lines)
+    lengths = np.diff(starts)
+    track, onset = notes["track"].astype(np.int64), notes["onset"].astype(np.int64)
+    duration, pitch = notes["duration"].astype(np.int64), notes["pitch"].astype(np.int64)
+    end = np.minimum(onset + duration, starts[-1])
+    half = np.searchsorted(starts, onset, side="right") - 1
+
+    bounds = track_bounds(score)
+    sizes = np.diff(bounds)
+    cells = np.bincount(track * num_bars + half_bar[half], minlength=num_tracks * num_bars)
+    cells = cells.reshape(num_tracks, num_bars)
+    played = (cells > 0) @ quarters
+    whole = float(quarters.sum())
+    some = np.maximum(sizes, 1)
+
+    pitched = score.instruments[track] != DRUMS
+    weights = _weights(onset[pitched], end[pitched], pitch[pitched] % NUM_PITCHES, half[pitched], starts, lengths)
+    return Measures(
+        density=len(notes) / whole,
+        bar_density=cells.sum(axis=0) / quarters,
+        track_density=sizes / np.where(played > 0, played, 1),
+        polyphony=mean_polyphony(notes, bounds),
+        mean_pitch=np.bincount(track, pitch, num_tracks) / some,
+        mean_quarters=np.bincount(track, duration, num_tracks) / (some * score.ticks_per_quarter),
+        weights=weights,
+        half_bar=half_bar,
+        half_tick=half_tick,
+    )
+
+
+def _halves(score: Score, lines: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(H + 1,) ticks of the bar lines and, where the numerator is even, of the middles; bar and tick in it, (H,)."""
+    change = np.searchsorted(score.meters["tick"], lines[:-1], side="right") - 1
+    parts = 1 + (score.meters["numerator"][change] % 2 == 0)
+    bar = np.repeat(np.arange(len(parts)), parts)
+    is_middle = np.zeros(len(bar), dtype=bool)
+    is_middle[1:] = bar[1:] == bar[:-1]
+    tick = np.where(is_middle, np.diff(lines)[bar] // 2, 0)
+    return np.append(lines[bar] + tick, lines[-1]), bar, tick
+
+
+def _weights(onset, end, pitch_class, half, starts, lengths) -> np.ndarray:
+    """(H, 12) ticks for which each pitch class sounds in each half bar, summed over notes [onset, end)."""
+    num_halves = len(lengths)
+    last = np.searchsorted(starts, end, side="left") - 1
+    # From its onset to the end of its first half bar, whole ones up to its last, less what that one has behind its end.
+    place = np.concatenate((half, last)) * NUM_PITCHES + np.concatenate((pitch_class, pitch_class))
+    edges = np.concatenate((starts[half + 1] - onset, end - starts[last + 1]))
+    size = (num_halves + 1) * NUM_PITCHES
+    edge = np.bincount(place, edges, size).reshape(-1, NUM_PITCHES)[:num_halves]
+    n = len(half)
+    step = np.bincount(place[:n] + NUM_PITCHES, minlength=size) - np.bincount(place[n:] + NUM_PITCHES, minlength=size)
+    return edge + np.cumsum(step.reshape(-1, NUM_PITCHES)[:num_halves], axis=0) * lengths[:, None]
+
+
+def find_key(weights: np.ndarray) -> int | None:
+    """Key of (12,) weights, None where there are none or all are equal."""
+    fit = key_fit(weights)
+    return int(fit.argmax()) if fit is not None else None
+
+
+def key_fit(weights: np.ndarray) -> np.ndarray | None:
+    """(24,) correlation of (12,) weights with each key's profile."""
+    centred = weights - weights.mean()
+    length = float(np.sqrt((centred * centred).sum()))
+    return centred @ _PROFILES / length if length > 0 else None
+
+
+def find_chords(weights: np.ndarray, bar: np.ndarray, tick: np.ndarray) -> np.ndarray:
+    """(n, 3) rows bar, tick, chord, where it changes, of (H, 12) weights of half bars."""
+    if not len(weights):
+        return np.zeros((0, 3), dtype=np.int64)
+    fit = chord_fit(weights)
+    first = np.flatnonzero(tick == 0)
+    of_bar = np.add.reduceat(fit, first, axis=0)
+    halves = np.diff(first, append=len(fit))
+    best = fit.max(axis=1)
+    both = np.add.reduceat(best, first)
+    one = of_bar.argmax(axis=1)
+    fits_one = of_bar[np.arange(len(first)), one]
+    sounding = np.add.reduceat((best > 0).astype(np.int64), first)
+    chord = fit.argmax(axis=1)
+    good = best >= LEAST_FIT
+    joined = both - fits_one < SPLIT
+    chord = np.where(joined[bar], one[bar], chord)
+    good = np.where(joined[bar], (fits_one >= LEAST_FIT * np.maximum(sounding, 1))[bar], good)
+    chord = np.where(good, chord, NO_CHORD)
+    changes = np.ones(len(chord), dtype=bool)
+    changes[1:] = chord[1:] != chord[:-1]
+    return np.stack([bar[changes], tick[changes], chord[changes]], axis=1)
+
+
+def chord_fit(weights: np.ndarray) -> np.ndarray:
+    """(H, 96) cosine of (H, 12) weights, the whole piece's added, with each template; 0 where nothing sounds."""
+    total = weights.sum(axis=0)
+    length = np.sqrt((weights * weights).sum(axis=1, keepdims=True))
+    weights = weights / np.where(length > 0, length, 1)
+    norm = float(np.sqrt((total * total).sum()))
+    if norm > 0:
+        weights = weights + (length > 0) * (CONTEXT / norm) * total
+        length = np.sqrt((weights * weights).sum(axis=1, keepdims=True))
+        weights /= np.where(length > 0, length, 1)
+    return weights @ _TEMPLATES
+
+
+def find_roles(score: Score, m: Measures) -> np.ndarray:
+    """(tracks,) index into ROLES."""
+    program = score.instruments
+    chordal = m.polyphony >= CHORDAL_POLYPHONY
+    return np.select(
+        [
+            program == DRUMS,
+            np.isin(program, BASS_PROGRAMS) | (m.mean_pitch < BASS_MEAN_PITCH),
+            np.isin(program, EFFECT_PROGRAMS),
+            chordal & (m.mean_quarters >= PAD_QUARTERS),
+            chordal,
+            m.mean_pitch >= MELODY_PITCH,
+        ],
+        [ROLES.index(role) for role in ("drums", "bass", "other", "pad", "chords", "melody")],
+        ROLES.index("other"),
+    )
