@@ -29,6 +29,7 @@ MODEL_SIZES = {
 }
 VISIBLE = {"T": ["T", "P"], "P": ["L"], "L": ["V"], "V": ["T", "P"]}
 BY_SIZE = "by model_size"
+BY_MODEL = "the model decides"
 
 
 @dataclass(kw_only=True)
@@ -261,6 +262,7 @@ class PreprocessConfig(Settings):
     sustain_pedal: Literal["ignore", "extend"] = option(
         "ignore", "extend lets a note sound until the pedal that holds it is lifted"
     )
+    conditions: bool = option(True, "derive key, chords, densities, roles and tags, for a model that takes them")
     dedup: bool = option(True, "keep one of several pieces with the same content")
     part: str | None = option(
         None, "i/n: only the i-th of n shares of the input; meloformer.data.merge joins them", shown="all of it"
@@ -308,12 +310,32 @@ class GenerateConfig(Settings):
         None, "with continue_bars and add_instruments, read only the last so many bars", shown="as many as fit"
     )
     only_new: bool = option(False, "write the new notes alone, not the prompt's")
-    bars: int | None = option(None, "bars in each piece", shown="the model decides")
-    tempo: int | None = option(None, "quarter notes a minute, 20 to 320", shown="the model decides")
-    time_signature: str | None = option(None, "such as 4/4 or 6/8", shown="the model decides")
+    bars: int | None = option(None, "bars in each piece", shown=BY_MODEL)
+    tempo: int | None = option(None, "quarter notes a minute, 20 to 320", shown=BY_MODEL)
+    time_signature: str | None = option(None, "such as 4/4 or 6/8", shown=BY_MODEL)
     instruments: list[str] | None = option(
-        None, "General MIDI programs (0 to 127), names, or drums, such as drums,33,violin", shown="the model decides"
+        None, "General MIDI programs (0 to 127), names, or drums, such as drums,33,violin", shown=BY_MODEL
     )
+    key: str | None = option(None, 'such as "A minor" or Bb', shown=BY_MODEL)
+    chords: str | None = option(None, 'such as "Am F C G", begun again until the last bar', shown=BY_MODEL)
+    chord_bars: float = option(1.0, "bars that each chord lasts, a multiple of 0.5")
+    density: int | None = option(None, "how many notes, of all parts together: 1 (few) to 10", shown=BY_MODEL)
+    bar_density: list[int] | None = option(
+        None, "how many notes in each bar: 0 (none) to 7, such as 2,4,6, begun again until the last bar", shown=BY_MODEL
+    )
+    tag: str | None = option(None, "a style: the name of a folder of the music it was trained on", shown=BY_MODEL)
+    track: list[str] | None = option(
+        None,
+        "a part and what is asked of it: program=33,role=bass,density=4,polyphony=1, all but the program optional; may "
+        "be given again; without --instruments these are the parts",
+        shown=BY_MODEL,
+    )
+    begin: bool | None = option(None, "the piece begins where its first bar is", shown="on")
+    end: bool | None = option(
+        None, "the piece ends with its last bar", shown="off, on where that is the end of a prompt's own music"
+    )
+    derive: bool = option(True, "tell the model a prompt's key, chords, densities and roles, as far as none are given")
+    guidance: float = option(1.0, "above 1 such conditions weigh more, for twice the work")
     temperature: float = option(1.0, "below 1 safer, above 1 wilder; 0 always takes the likeliest token")
     temperature_time: float | None = option(None, "for when notes begin", shown="temperature")
     temperature_pitch: float | None = option(None, "for pitches", shown="temperature")
@@ -345,6 +367,7 @@ class GenerateConfig(Settings):
         )
         self.require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, at most 1", "1 turns it off")
         self.require(0 <= self.min_p <= 1, "min_p", self.min_p, "from 0 to 1", "0 turns it off")
+        self.require(self.guidance >= 0, "guidance", self.guidance, "at least 0", "1 turns it off")
 
     def _validate_task(self) -> None:
         """Flags that contradict each other."""
@@ -361,12 +384,15 @@ class GenerateConfig(Settings):
                 f"{prompts[0]} needs one of --continue_bars, --rewrite and --add_instruments, received "
                 f"{' and '.join(tasks) or 'none'}; the output of one may be the prompt of the next"
             )
-        for flag in [] if prompts else [*tasks, *given("prompt_bars", "only_new")]:
+        underived = [] if self.derive else ["--no-derive"]
+        for flag in [] if prompts else [*tasks, *given("prompt_bars", "only_new"), *underived]:
             raise UserError(f"{flag} needs a MIDI file to go on from; give --prompt")
         for flag in given("bars", "tempo", "time_signature", "instruments") if prompts else []:
             raise UserError(f"{flag} is for pieces from nothing, here the prompt decides; leave it out")
         if self.rewrite is not None and self.prompt_bars is not None:
             raise UserError("--prompt_bars goes with --continue_bars or --add_instruments; --rewrite names its bars")
+        if self.chord_bars != 1 and self.chords is None:
+            raise UserError("--chord_bars is how long each of --chords lasts; give --chords too")
         if self.soundfont is not None and not self.wav:
             raise UserError("--soundfont is what --wav sounds through; give --wav too")
 
