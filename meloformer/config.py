@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from meloformer.errors import UserError
+from meloformer.hid.controls import CONDITIONS
+from meloformer.hid.vocabulary import Family
 from meloformer.settings import Settings, option
 
 # Two feed-forwards of width d_ff a layer, for summaries and for regular tokens (the last layer has the latter alone),
@@ -131,13 +133,33 @@ class DataConfig(Settings):
     defer_continuation_probability: float = option(0.25, "how often all tracks are deferred from a random bar on")
     defer_track_probability: float = option(0.10, "how often whole tracks are deferred")
     defer_scattered_probability: float = option(0.10, "how often scattered cells are deferred")
+    key_probability: float = option(0.5, "how often a piece's key is given, of those that have conditions")
+    chords_probability: float = option(0.5, "how often its chords are given")
+    tag_probability: float = option(0.5, "how often its tag is given")
+    density_probability: float = option(0.5, "how often its notes per quarter are given, and each track's")
+    polyphony_probability: float = option(0.5, "how often a track's notes at once are given")
+    role_probability: float = option(0.5, "how often a track's role is given")
+    bar_density_probability: float = option(0.5, "how often the notes per quarter of every bar are given")
+    predict_conditions: list[str] | None = option(
+        None, "conditions that the model learns to write itself where they stand, such as key,chords", shown="none"
+    )
 
     def __post_init__(self):
         if self.max_segments is None:
             self.max_segments = -(-self.max_seq_len // (12 * 128)) * 128
 
+    def given_conditions(self) -> list[str]:
+        """Names of the conditions that are given at all."""
+        return [name for name in CONDITIONS if getattr(self, f"{name}_probability") > 0]
+
+    def predicted_families(self) -> frozenset[Family]:
+        """Token families of `predict_conditions`."""
+        return frozenset(CONDITIONS[name] for name in self.predict_conditions or ())
+
     def validate(self) -> None:
         require = self.require
+        for name in self.predict_conditions or ():
+            require(name in CONDITIONS, "data.predict_conditions", name, ", ".join(CONDITIONS), "leave the others out")
         require(self.data_dir != "", "data.data_dir", "", "a folder", "give --data_dir")
         require(self.max_seq_len >= 16, "data.max_seq_len", self.max_seq_len, "at least 16", "24576 is the default")
         require(self.max_segments >= 1, "data.max_segments", self.max_segments, "at least 1", "leave it out")
@@ -410,9 +432,18 @@ class EvaluateConfig(Settings):
     batch_size: int = option(1, "rows in one pass")
     device: str = option("auto", "auto, cpu, cuda or cuda:1")
     precision: Literal["auto", "bf16", "fp32"] = option("auto", "auto is bf16 on hardware that has it, else fp32")
+    obedience: int | None = option(
+        None, "write so many pieces under the conditions of held-out ones, and measure how they keep to them", shown="0"
+    )
+    guidance: float = option(1.0, "with obedience: above 1 the conditions weigh more, for twice the work")
     output: str | None = option(None, "file for the numbers", shown="evaluation.json in the run's folder")
 
     def validate(self) -> None:
         self.require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1", "1 is the default")
+        pieces = self.obedience or 0
+        self.require(pieces >= 0, "obedience", pieces, "at least 0", "32 pieces already say something")
+        self.require(self.guidance >= 0, "guidance", self.guidance, "at least 0", "1 turns it off")
+        if self.guidance != 1 and not self.obedience:
+            raise UserError("--guidance weighs the conditions of --obedience; give --obedience 32 too, or leave it out")
         rows = self.max_seq_len
         self.require(rows is None or rows >= 16, "max_seq_len", rows, "at least 16", "leave it out for the run's own")

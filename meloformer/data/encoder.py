@@ -16,9 +16,10 @@ import numpy as np
 
 from meloformer.config import PreprocessConfig
 from meloformer.data.clusters import bar_shingles
-from meloformer.data.shards import MAX_BARS, MAX_TRACKS, Piece, content_hash
+from meloformer.data.shards import MAX_BARS, MAX_TRACKS, NO_CONDITIONS, Piece, content_hash
 from meloformer.data.sources import Source
 from meloformer.hid import Tokenizer, Vocabulary
+from meloformer.hid.conditions import derive
 from meloformer.midi import MidiError, read_score
 
 UNREADABLE, UNENCODABLE, CRASHED = "unreadable", "unencodable", "internal_error"
@@ -78,6 +79,9 @@ class Encoder:
         ):
             if bad:
                 return Rejected(name, reason, detail)
+        conditions = NO_CONDITIONS
+        if config.conditions:
+            conditions = derive(grid, source.tag, encoding.polyphony).rows(self.tokenizer.vocabulary)
         return Encoded(
             Piece(
                 name,
@@ -87,6 +91,7 @@ class Encoder:
                 encoding.segment_track,
                 instruments[encoding.segment_track],
                 grid.counts,
+                conditions,
             ),
             num_bars,
             num_notes,

@@ -9,8 +9,8 @@ Controls are rows (n, 4) of int64: track, bar, onset, token, as the fields of `m
 >>> v = Vocabulary()
 >>> head = [v.BOS, v.PIECE_BEGIN, v.CONDUCTOR, v.BAR, v.meter(4, 4), v.tempo(120)]
 >>> plain = np.array([*head, v.instrument(0), v.BAR, v.time(0), v.pitch(60), v.duration(24), v.velocity(90), v.EOS])
->>> rows = [(-1, -1, -1, v.token(Family.KEY, 0)), (-1, 0, 48, v.token(Family.CHORD, 0)), (0, -1, -1, v.token(Family.ROLE, 3))]
->>> given = insert(plain, rows, v)
+>>> key, chord, role = v.token(Family.KEY, 0), v.token(Family.CHORD, 0), v.token(Family.ROLE, 3)
+>>> given = insert(plain, [(-1, -1, -1, key), (-1, 0, 48, chord), (0, -1, -1, role)], v)
 >>> " ".join(v.name(token) for token in given[:12])
 'BOS PIECE_BEGIN KEY_C_major CONDUCTOR BAR METER_4/4 TEMPO_120 T_48 CHORD_C_maj INSTRUMENT_0 ROLE_melody BAR'
 >>> strip(given, CONDITIONS, v).tolist() == plain.tolist()

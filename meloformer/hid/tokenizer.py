@@ -49,14 +49,15 @@ BASS_MEAN_PITCH = 45
 CHORDAL_POLYPHONY = 1.5
 
 
-def canonical_order(score: Score) -> np.ndarray:
+def canonical_order(score: Score, polyphony: np.ndarray | None = None) -> np.ndarray:
     """(tracks,) indices in the order of `encode`: drums, bass, chordal, the rest; then program, then as given.
 
     Bass is a bass program or a mean pitch below 45; chordal is a mean polyphony of at least 1.5 while sounding.
     """
     bounds = track_bounds(score)
     sizes = np.diff(bounds)
-    polyphony = mean_polyphony(score.notes, bounds)
+    if polyphony is None:
+        polyphony = mean_polyphony(score.notes, bounds)
     # reduceat gives an empty track the first note of the next; the table may end before the last track
     pitches = np.append(score.notes["pitch"].astype(np.int64), 0)
     pitch_sums = np.add.reduceat(pitches, bounds[:-1]) if len(sizes) else sizes
@@ -134,6 +135,7 @@ class Encoding(NamedTuple):
     num_track_bars: int  # BAR tokens of the tracks
     onset_in_bar: np.ndarray  # (notes,)
     segment_first: np.ndarray  # (M,) each segment's first note
+    polyphony: np.ndarray | None = None  # (tracks,) see mean_polyphony
 
 
 class Tokenizer:
@@ -162,8 +164,10 @@ class Tokenizer:
         if order not in ("canonical", "given"):
             raise ValueError(f'order is {order!r}, must be "canonical" or "given"')
         score = self.quantize(score)
+        polyphony = mean_polyphony(score.notes, track_bounds(score))
         if order == "canonical":
-            score = reorder_tracks(score, canonical_order(score))
+            new_order = canonical_order(score, polyphony)
+            score, polyphony = reorder_tracks(score, new_order), polyphony[new_order]
         lines = score.bar_lines()
         v = self.vocabulary
         head = np.concatenate([[v.BOS, v.CONDUCTOR], self._conductor(score, lines)])
@@ -174,7 +178,7 @@ class Tokenizer:
                 tokens = insert(tokens, score.controls, v)
             except ValueError as error:
                 raise MidiError(f"a score's control cannot be written: {error}") from None
-        return encoding._replace(tokens=tokens)
+        return encoding._replace(tokens=tokens, polyphony=polyphony)
 
     def _conductor(self, score: Score, lines: np.ndarray) -> np.ndarray:
         """BAR, then the meter and the tempo that begin there."""

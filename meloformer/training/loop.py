@@ -119,6 +119,8 @@ def train_rank(config: Config, ranks: Ranks, held: ExitStack) -> None:
         theirs = ranks.broadcast(pretrained.config.to_dict() if ranks.is_main else None)
         config.model = run.adopt(config.model, theirs, settings.init_from)
     model = MeloFormer(config.model, corpus.vocabulary, config.data.max_seq_len).to(device)
+    model.tags = corpus.tags
+    model.conditions = config.data.given_conditions() if corpus.has_conditions else []
     optimizers = build_optimizers(
         model, settings.optimizer, settings.learning_rate, settings.weight_decay, (settings.beta1, settings.beta2)
     )
