@@ -5,6 +5,7 @@ checkpoint, or into rows of `max_seq_len`, and each is read once. Out: a table, 
 (or `output`), whole or absent:
 
     {"nats_per_note": 3.6, "nats_per_bar": 31.0, "by_type": {...}, ..., "baselines": {"unigram": {..}, ..},
+     "obedience": {...} (with `--obedience 32`, see evaluation.obedience),
      "checkpoint": "runs/base/checkpoints/step_00004000", "step": 4000, "split": "validation", "data_hash": ".."}
 
 >>> run(EvaluateConfig(checkpoint="runs/base"))   # doctest: +SKIP
@@ -25,6 +26,7 @@ from meloformer.config import DataConfig, EvaluateConfig
 from meloformer.data import Corpus, RowPlan
 from meloformer.device import choose_device, choose_precision
 from meloformer.errors import UserError
+from meloformer.evaluation import obedience
 from meloformer.evaluation.baselines import evaluate_baselines
 from meloformer.evaluation.likelihood import evaluate_likelihood, split_batches
 from meloformer.files import write_atomic
@@ -59,6 +61,10 @@ def run(config: EvaluateConfig) -> dict:
     if corpus.hash != state["fixed"]["data_hash"]:
         print(f"note: {data.data_dir} is not the corpus that {folder} was trained on")
 
+    kept = None
+    if config.obedience:
+        asked = {"num_samples": config.obedience, "guidance": config.guidance, "split": config.split}
+        kept = obedience.measure(model, corpus, data, **asked)
     batches = tqdm(
         split_batches(plan, config.batch_size),
         total=-(-plan.num_rows // config.batch_size),
@@ -69,6 +75,7 @@ def run(config: EvaluateConfig) -> dict:
     likelihood = evaluate_likelihood(model, batches, precision)
     evaluation = {
         **likelihood,
+        **({"obedience": kept} if kept else {}),
         "baselines": evaluate_baselines(corpus, data) if config.split == "validation" else {},
         "checkpoint": str(folder),
         "step": state["progress"]["step"],
@@ -80,6 +87,8 @@ def run(config: EvaluateConfig) -> dict:
     }
     write_atomic(output, json.dumps(evaluation, indent=1).encode())
     print(report(evaluation))
+    if kept:
+        print(f"\n{obedience.report(kept)}")
     print(f"written to {output}")
     return evaluation
 
