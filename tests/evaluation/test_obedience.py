@@ -108,7 +108,7 @@ def test_evaluate_puts_it_into_its_file(config, capsys):
     known = {"checkpoint": folder, "device": "cpu", "precision": "fp32"}
     with pytest.raises(UserError, match="--guidance weighs the conditions of --obedience"):
         EvaluateConfig(checkpoint="x", guidance=2.0).validate()
-    assert MeloFormer.from_pretrained(folder).conditions == KNOWN
+    assert set(MeloFormer.from_pretrained(folder).conditions) >= set(KNOWN)
     run(EvaluateConfig(**known, obedience=2, guidance=1.5))
     found = json.loads((Path(folder) / "evaluation.json").read_text())["obedience"]
     assert found["guidance"] == 1.5 and "of the gap" in capsys.readouterr().out
