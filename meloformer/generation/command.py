@@ -93,6 +93,8 @@ def run(config: GenerateConfig) -> None:
     for task in tasks:
         if task.note:
             print(task.note)
+        if task.told:
+            print(f"{task.prompt.path}: the model is told {task.told}")
     output.mkdir(parents=True, exist_ok=True)
     for job in jobs:
         samples, seconds = _generate(model, job, config, max_length)
@@ -168,6 +170,7 @@ def _record(job: Job, samples: list[Sample], changes: list[Counter], seconds: fl
         "settings": config.to_dict(),
         "prompt": None if job.task is None else str(job.task.prompt.path),
         "note": "" if job.task is None else job.task.note,
+        "told": "" if job.task is None else job.task.told,
         "seconds": round(seconds, 2),
         "tokens_per_second": round(tokens / seconds, 1),
         "notes_per_second": round(notes / seconds, 1),

@@ -28,7 +28,7 @@ import numpy as np
 from meloformer.errors import UserError
 from meloformer.generation.engine import Sample
 from meloformer.generation.request import TRACK_LENGTH, Request
-from meloformer.generation.steering import FREE, Frame, Steering, prompt_rows
+from meloformer.generation.steering import FREE, Frame, Steering, in_words, prompt_rows
 from meloformer.hid import Annotations, Family, Tokenizer, Vocabulary
 from meloformer.hid.conditions import derive, insert
 from meloformer.hid.quantize import round_half_up
@@ -175,6 +175,11 @@ class Task:
     cells: int
     replaced: frozenset[tuple[int, int]] = frozenset()
     note: str = ""
+
+    @property
+    def told(self) -> str:
+        """The conditions that the model reads before it writes, in words."""
+        return in_words(self.request.given, self.prompt.vocabulary, self.prompt.tags)
 
     @property
     def instruments(self) -> list[int]:

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from meloformer.errors import UserError
-from meloformer.hid.conditions import parse_chord, parse_key, parse_role
+from meloformer.hid.conditions import key_name, parse_chord, parse_key, parse_role
 from meloformer.hid.controls import BAR, CONDITIONS, TOKEN, TRACK, control_rows, rows_in_window
 from meloformer.hid.tokenizer import BASS_PROGRAMS
 from meloformer.hid.vocabulary import ROLES, Family, Vocabulary
@@ -292,6 +292,23 @@ def _rows_of_bars(controls: Controls, score: Score, frame: Frame) -> list[tuple[
         rows += [(-1, at, -1, token) for token in controls.density_in(number)]
         rows += [(-1, at, tick, token) for tick, token in controls.chords_in(number, int(lines[bar + 1] - lines[bar]))]
     return rows
+
+
+def in_words(tokens: np.ndarray, vocabulary: Vocabulary, tags: Sequence[str] = ()) -> str:
+    """The conditions of a stream's head for people: "C major, density 4, 5 chords, 3 roles"; empty without any."""
+    kind, value = vocabulary.family_of[tokens], vocabulary.value_of[tokens]
+    in_head = np.cumsum(kind == Family.CONDUCTOR) == 0
+    words = [key_name(int(key)) for key in value[kind == Family.KEY]]
+    words += [tags[tag] for tag in value[kind == Family.TAG]]
+    words += [f"density {n + 1}" for n in value[in_head & (kind == Family.DENSITY)]]
+    for family, one, many in (
+        (Family.CHORD, "chord", "chords"),
+        (Family.BAR_DENSITY, "density of a bar", "densities of bars"),
+        (Family.ROLE, "role", "roles"),
+    ):
+        count = int((kind == family).sum())
+        words += [f"{count} {one if count == 1 else many}"] if count else []
+    return ", ".join(words)
 
 
 # --- what the command line says -------------------------------------------------------------------------------------

@@ -324,6 +324,7 @@ def test_a_prompt_is_told_by_what_it_is(song):
     assert chords == [f"CHORD_{root}_maj" for root in ("C", "F", "G", "C", "G")]
     assert "INSTRUMENT_DRUMS ROLE_drums DENSITY" in text and "INSTRUMENT_48 ROLE_pad DENSITY" in text
     assert "BAR_DENSITY" not in text
+    assert whole.told.startswith("C major, density ") and whole.told.endswith(", 5 chords, 3 roles")
     # the bars to come have no chords yet, so none are said; the end is not where it was
     text = text_of(continuation(prompt, 2, 900, 3))
     assert text.startswith("BOS KEY_C_major DENSITY_") and "CHORD" not in text and "ROLE_bass" in text
@@ -433,6 +434,10 @@ def test_the_command_steers_and_reports(song, tmp_path, capsys):
     first, second = json.loads((tmp_path / "out" / "generation.json").read_text())["runs"]
     assert first["settings"]["chords"] == "Am F" and first["settings"]["guidance"] == 2.0
     assert len(first["samples"]) == 2 and second["prompt"] == str(song)
+    assert (
+        second["told"].startswith("C major, density")
+        and f"the model is told {second['told']}" in capsys.readouterr().out
+    )
     with pytest.raises(UserError, match="tag 'polka': the model knows jazz, rock"):
         run(GenerateConfig(**known, seed=5, tag="polka"))
     assert len(list((tmp_path / "out").glob("*.mid"))) == 3
