@@ -145,7 +145,6 @@ class ConstrainedState:
         """A copy that goes its own way from here."""
         twin = copy.copy(self)
         twin.tokens, twin.state = list(self.tokens), copy.deepcopy(self.state, {id(self.vocabulary): self.vocabulary})
-        twin._forced = list(self._forced)
         return twin
 
     @property

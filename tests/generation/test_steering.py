@@ -140,6 +140,18 @@ def test_any_choice_among_the_allowed_tokens_holds_what_was_asked_for(steering, 
         assert sorted(score.instruments.tolist()) == sorted(instruments)
 
 
+def test_what_is_owed_to_later_parts_is_kept_free():
+    """Eighteen tokens of conditions are more than the reserve that would hide their being forgotten."""
+    parts = [Part(instrument, "melody", 3, 2) for instrument in range(40, 46)]
+    request = Request(1, (4, 4), 90, steering=Steering(parts=parts))
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        state = ConstrainedState(VOCABULARY, request, 63 + 8)
+        while not state.is_finished:
+            state.push(int(rng.choice(np.flatnonzero(state.allowed()))))
+        assert len(state.tokens) <= 63 + 8 and len(state.state.instruments) == 6
+
+
 def test_chords_stand_where_they_change_and_begin_again():
     steering = Steering(chords="Am F | C, C", chord_bars=0.5)
     state = ConstrainedState(VOCABULARY, Request(3, (4, 4), 90, [33], steering=steering), 300)
@@ -347,6 +359,9 @@ def test_what_is_asked_for_takes_the_place_of_what_is_derived(song):
         "BAR T_0 CHORD_A_min BAR T_0 CHORD_D_min BAR T_0 CHORD_A_min"
     )
     assert "INSTRUMENT_33 ROLE_bass DENSITY_9 POLYPHONY_1 BAR" in text
+    # a chord that only goes on is not said again
+    text = text_of(continuation(prompt, 2, 900, 1, Steering(chords="G C")))
+    assert "T_0 CHORD_G_maj BAR BAR T_0 CHORD_C_maj INSTRUMENT" in text
     # over rewritten bars, and behind them what was there goes on
     steering = Steering(chords="Am Dm", bar_density=[7], begin=False, end=False)
     text = text_of(rewriting(prompt, frozenset({(0, 2), (1, 3)}), 900, steering))
