@@ -432,6 +432,9 @@ class EvaluateConfig(Settings):
     batch_size: int = option(1, "rows in one pass")
     device: str = option("auto", "auto, cpu, cuda or cuda:1")
     precision: Literal["auto", "bf16", "fp32"] = option("auto", "auto is bf16 on hardware that has it, else fp32")
+    conditions: list[str] | None = option(
+        None, "measure the same music also with these given, such as key,chords or all; each: one by one", shown="none"
+    )
     obedience: int | None = option(
         None, "write so many pieces under the conditions of held-out ones, and measure how they keep to them", shown="0"
     )

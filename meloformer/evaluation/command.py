@@ -26,7 +26,7 @@ from meloformer.config import DataConfig, EvaluateConfig
 from meloformer.data import Corpus, RowPlan
 from meloformer.device import choose_device, choose_precision
 from meloformer.errors import UserError
-from meloformer.evaluation import obedience
+from meloformer.evaluation import conditions, obedience
 from meloformer.evaluation.baselines import evaluate_baselines
 from meloformer.evaluation.likelihood import evaluate_likelihood, split_batches
 from meloformer.files import write_atomic
@@ -38,6 +38,7 @@ EVALUATION = "evaluation.json"
 
 def run(config: EvaluateConfig) -> dict:
     """Evaluate, print the table, write the file; returns what was written."""
+    given = conditions.subsets(config.conditions) if config.conditions else {}
     folder = find_pretrained(config.checkpoint)
     state = read_state(folder)
     output = Path(config.output) if config.output else run_folder(folder) / EVALUATION
@@ -73,8 +74,12 @@ def run(config: EvaluateConfig) -> dict:
         mininterval=0.5 if sys.stderr.isatty() else 30.0,
     )
     likelihood = evaluate_likelihood(model, batches, precision)
+    worth = {}
+    if given:
+        worth = conditions.worth_of(model, corpus, data, config.split, given, config.batch_size, precision)
     evaluation = {
         **likelihood,
+        **({"conditions": worth} if worth else {}),
         **({"obedience": kept} if kept else {}),
         "baselines": evaluate_baselines(corpus, data) if config.split == "validation" else {},
         "checkpoint": str(folder),
@@ -87,6 +92,8 @@ def run(config: EvaluateConfig) -> dict:
     }
     write_atomic(output, json.dumps(evaluation, indent=1).encode())
     print(report(evaluation))
+    if worth:
+        print(f"\n{conditions.report(worth)}")
     if kept:
         print(f"\n{obedience.report(kept)}")
     print(f"written to {output}")
