@@ -20,7 +20,6 @@ so a stream without them does not say "unknown", it says "not the end".
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import numpy as np
@@ -99,13 +98,18 @@ class GuidedSession:
 
     def keep(self, rows: Sequence[int]) -> None:
         """`DecodingSession.keep`, of streams."""
-        rows = np.asarray(rows, dtype=np.int64)
-        self.inner.keep(np.concatenate([rows, rows + self.batch_size]))
-        self.free = self.free[torch.from_numpy(rows).to(self.free.device)]
+        both, index = self._rows(rows)
+        self.inner.keep(both)
+        self.free = self.free[index]
 
     def branch(self, rows: Sequence[int]) -> GuidedSession:
         """`DecodingSession.branch`, of streams."""
-        twin = copy.copy(self)
-        twin.inner = copy.copy(self.inner)  # `keep` replaces what a session holds, so the copy may share it until then
-        twin.keep(rows)
+        both, index = self._rows(rows)
+        twin = GuidedSession(self.inner.branch(both), self.guidance)
+        twin.free = self.free[index]
         return twin
+
+    def _rows(self, rows: Sequence[int]) -> tuple[np.ndarray, Tensor]:
+        """Rows of the session, and of `free`, that these streams are."""
+        rows = np.asarray(rows, dtype=np.int64)
+        return np.concatenate([rows, rows + self.batch_size]), torch.from_numpy(rows).to(self.free.device)
