@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection
+from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -29,7 +30,7 @@ from meloformer.config import DataConfig
 from meloformer.data.augment import Augmentation, Deferral, augment, deferred_share, draw_deferral, growth_bound
 from meloformer.data.corpus import Corpus
 from meloformer.data.draws import generator, key, mix, uniform
-from meloformer.data.shards import NO_CONDITIONS
+from meloformer.data.shards import MAX_TRACKS, NO_CONDITIONS
 from meloformer.data.windows import BAR_TOO_LONG, BAR_TOO_MANY, PieceTable, cut
 from meloformer.errors import UserError
 from meloformer.hid import Family, Tokenizer
@@ -129,6 +130,7 @@ class RowPlan:
         if not self.augmented:
             shares = {name: float(name in conditions) for name in CONDITIONS}
         self._given = shares if corpus.has_conditions else dict.fromkeys(CONDITIONS, 0.0)
+        self._bare = data.bare_probability if self.augmented else 0.0
         self._room = {name: max(share, float(name in room)) for name, share in self._given.items()}
         pieces, self.skipped = split_pieces(corpus, data)
         self.pieces = pieces[split]
@@ -208,9 +210,14 @@ class RowPlan:
     def _is_given(self, share: np.ndarray | float, piece: np.ndarray | int, name: np.ndarray | int, track=-1):
         """Whether a condition is given, by the value of its family; of a track, or (-1) of the piece and its bars.
 
-        Drawn anew each epoch, and the same for every window of a piece, so that what a window costs is known.
+        Drawn anew each epoch, and the same for every window of a piece, so that what a window costs is known. Some
+        pieces have none at all, and in half of them all tracks have a condition or none has it: alone, a coin for each
+        of twenty tracks would never leave a stream bare, and bare or complete is what most streams are in use.
         """
-        return uniform(self.seed, self.epoch, "condition", piece, name, np.asarray(track) + 1) < share
+        draw = partial(uniform, self.seed, self.epoch)
+        together = draw("all tracks alike", piece, name) < 0.5
+        coin = np.where((np.asarray(track) < 0) | ~together, np.asarray(track) + 1, MAX_TRACKS + 1)
+        return (draw("no conditions", piece) >= self._bare) & (draw("condition", piece, name, coin) < share)
 
     def _most_conditions(self, piece: np.ndarray) -> np.ndarray:
         """(n,) tokens that the conditions of whole pieces take, or a few more: no piece is read for it."""

@@ -25,8 +25,8 @@ from tests.data.music import make_corpus, make_score, write_folder
 from tests.hid.streams import VOCABULARY, random_stream
 
 TOKENIZER, V = Tokenizer(VOCABULARY), VOCABULARY
-OFF = {f"{name}_probability": 0.0 for name in CONDITIONS}
-ALL = {f"{name}_probability": 1.0 for name in CONDITIONS}
+OFF = {"bare_probability": 0.0, **{f"{name}_probability": 0.0 for name in CONDITIONS}}
+ALL = {"bare_probability": 0.0, **{f"{name}_probability": 1.0 for name in CONDITIONS}}
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +156,7 @@ def test_windows_restate_what_is_in_force_and_cost_what_they_said(seed, made, dr
 def test_a_planned_row_always_fits(corpus):
     for epoch in range(2):
         for probability in (0.5, 1.0):
-            shares = {name: probability for name in ALL}
+            shares = {f"{name}_probability": probability for name in CONDITIONS}
             plan = RowPlan(corpus, data(corpus, max_seq_len=500, **shares), seed=1, epoch=epoch)
             for row in range(plan.num_rows):
                 documents = [plan.document(window) for window in range(*plan.window_range(row))]
@@ -166,28 +166,43 @@ def test_a_planned_row_always_fits(corpus):
                 plan.row(row)
 
 
-def test_each_condition_is_given_half_the_time_and_apart_from_the_others(corpus):
-    seen = {name: [] for name in CONDITIONS}
-    whole = data(corpus, max_seq_len=8000, drop_track_probability=0.0, validation_fraction=0.0)
-    for epoch in range(20):
+def given_in(corpus, epochs, **shares) -> tuple[dict[str, list[bool]], list[set[bool]], list[bool]]:
+    """By document: of the piece's conditions which were given; of each track's role; whether nothing at all was."""
+    of_piece, of_tracks, bare = {name: [] for name in ("key", "chords", "tag", "bar_density")}, [], []
+    whole = data(corpus, max_seq_len=8000, drop_track_probability=0.0, validation_fraction=0.0, **shares)
+    for epoch in range(epochs):
         plan = RowPlan(corpus, whole, seed=3, epoch=epoch)
         for window in range(len(plan.windows)):
             tokens, document = plan.document(window)
-            if document.piece == 16:  # the one without a tag
+            if corpus.name(document.piece).startswith("p"):  # the one without a tag
                 continue
-            head = found_in(tokens)
-            for name in CONDITIONS:
-                if name in ("key", "chords", "tag", "bar_density"):
-                    seen[name].append(name in head)
-            families, track = V.family_of[tokens], TOKENIZER.annotate(tokens).track
-            for name in ("density", "role"):
-                said = track[families == CONDITIONS[name]]
-                seen[name] += np.isin(np.arange(track.max() + 1), said).tolist()
-    for name in set(CONDITIONS) - {"polyphony"}:
-        share = np.mean(seen[name])
-        assert abs(share - 0.5) < 4 * 0.5 / np.sqrt(len(seen[name])), (name, share)
-    together = np.corrcoef([seen["key"], seen["chords"], seen["tag"], seen["bar_density"]])
-    assert np.abs(together - np.eye(4)).max() < 0.2
+            present = found_in(tokens)
+            for name, given_ in of_piece.items():
+                given_.append(name in present)
+            track = TOKENIZER.annotate(tokens).track
+            of_tracks.append(np.isin(np.arange(track.max() + 1), track[V.family_of[tokens] == Family.ROLE]))
+            bare.append(not present)
+    return of_piece, of_tracks, bare
+
+
+def near(values, expected: float) -> bool:
+    return abs(np.mean(values) - expected) < 4 * 0.5 / np.sqrt(len(values))
+
+
+def test_each_condition_is_given_by_its_own_chance(corpus):
+    of_piece, of_tracks, bare = given_in(corpus, 20, bare_probability=0.0, chords_probability=0.3)
+    for name, given_ in of_piece.items():
+        assert near(given_, 0.3 if name == "chords" else 0.6), name
+    assert np.abs(np.corrcoef(list(of_piece.values())) - np.eye(4)).max() < 0.2
+    assert near(np.concatenate(of_tracks), 0.6) and not any(bare)
+    alike = [len(set(given_)) == 1 for given_ in of_tracks]  # half of them by one coin, or by five that fall alike
+    assert near(alike, 0.5 + 0.5 * (0.6**5 + 0.4**5))
+
+
+def test_some_pieces_are_given_nothing(corpus):
+    """A model that has never seen a stream without conditions is at a loss in one."""
+    of_piece, _, bare = given_in(corpus, 8)
+    assert near(bare, 0.2) and near(of_piece["key"], 0.8 * 0.6)
 
 
 @pytest.mark.parametrize(
