@@ -1,15 +1,16 @@
 """How fast preprocessing is beside MidiTok, how it scales to two workers, and what memory and disk it takes.
 
-    python benchmarks/preprocess.py --midi midi/ [--only speed,workers,memory]
+    python benchmarks/preprocess.py --midi midi/ [--only speed,conditions,workers,memory]
 
 `speed`: one core, reading included, all files of the folder; then MidiTok's REMI with programs, tempos and time
 signatures on every k-th of the files that we encode, ours on the same files in the same run (pip install
-".[bench]"). `workers`: the whole command with one and with two workers, by turns, on the folder and on its files
-under several other names, for starting up takes half a second whatever there is to do. `memory`: peak resident memory
-of the parent and of each worker for 1,000 and for 20,000 names of the same files, with --no-dedup.
+".[bench]"). `conditions`: the same files with and without deriving conditions, by turns. `workers`: the whole command
+with one and with two workers, by turns, on the folder and on its files under several other names, for starting up
+takes half a second whatever there is to do. `memory`: peak resident memory of the parent and of each worker for 1,000
+and for 20,000 names of the same files, with --no-dedup.
 
-Processor time for `speed`, so that other people's work on the machine counts for little; wall-clock time for
-`workers`, so run that on a quiet machine.
+Processor time for `speed` and `conditions`, so that other people's work on the machine counts for little; wall-clock
+time for `workers`, so run that on a quiet machine.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from meloformer.data.sources import Input, Source  # noqa: E402
 GOALS = {
     "notes/s on one core": 2_000_000,
     "files/s, times MidiTok's": 20,
+    "conditions, times without": 1.5,
     "2 workers, times 1 worker": 1.7,
     "the same, every file {copies} times": 1.7,
     "bytes a token": 3,
@@ -46,7 +48,7 @@ GOALS = {
 
 def report(name: str, value: float, detail: str = "", **values: int) -> None:
     goal, name = GOALS[name], name.format(**values)
-    good = value <= goal if name.startswith(("bytes", "peak")) else value >= goal
+    good = value <= goal if name.startswith(("bytes", "peak", "conditions")) else value >= goal
     print(f"{name:36} {value:14,.2f}   goal {goal:>11,}   {'met' if good else 'NOT MET'}   {detail}", flush=True)
 
 
@@ -75,6 +77,19 @@ def speed(folder: str, repeats: int, every: int) -> None:
     ours = processor_seconds(lambda: [encode(source) for source in sample], repeats)
     rates = f"{len(sample)} files: {len(sample) / ours:,.0f} files/s, MidiTok {len(sample) / theirs:,.0f}"
     report("files/s, times MidiTok's", theirs / ours, rates)
+
+
+def conditions(folder: str, repeats: int) -> None:
+    sources = list(Input(folder))
+    encoders = {given: Encoder(PreprocessConfig(input=folder, output="-", conditions=given)) for given in (False, True)}
+    times: dict[bool, list[float]] = {given: [] for given in encoders}
+    for _ in range(repeats):
+        for given, encode in encoders.items():
+            times[given].append(processor_seconds(lambda encode=encode: [encode(source) for source in sources], 1))
+    without, with_them = min(times[False]), min(times[True])
+    report(
+        "conditions, times without", with_them / without, f"{len(sources)} files, {without:.2f} and {with_them:.2f} s"
+    )
 
 
 def miditok_remi(sources: list[Source]) -> None:
@@ -176,7 +191,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     default = os.environ.get("MELOFORMER_MIDI") or str(ROOT.parent / "shared" / "midi")
     parser.add_argument("--midi", default=default, help="a folder of MIDI files")
-    parser.add_argument("--only", default="speed,workers,memory", help="which of speed, workers and memory")
+    parser.add_argument("--only", default="speed,conditions,workers,memory", help="which of these")
     parser.add_argument("--repeats", type=int, default=5, help="runs of which the best counts")
     parser.add_argument("--copies", type=int, default=4, help="for workers: every file under so many names")
     parser.add_argument("--every", type=int, default=20, help="MidiTok gets every so-manieth file")
@@ -185,6 +200,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         if "speed" in asked:
             speed(given.midi, given.repeats, given.every)
+        if "conditions" in asked:
+            conditions(given.midi, given.repeats)
         if "workers" in asked:
             workers(given.midi, given.repeats, given.copies, Path(scratch))
         if "memory" in asked:

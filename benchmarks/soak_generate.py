@@ -3,8 +3,9 @@
     python benchmarks/soak_generate.py --samples 1000 --midi midi/ --checkpoint runs/demo --output soak.json
 
 Without --checkpoint the model is small and untrained, which tries everything. Checked of each sample: the grammar; the
-length; what was asked for; both readers open the file and agree; and after a prompt, that no note outside the written
-cells changed. The first that fails stops the run, with the settings that made it; they are a function of --seed.
+length; what was asked for, conditions too; both readers open the file and agree; and after a prompt, that no note
+outside the written cells changed. The first that fails stops the run, with the settings that made it; they are a
+function of --seed.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from miditoolkit import MidiFile
 
 from meloformer.config import ModelConfig
 from meloformer.errors import UserError
-from meloformer.generation import Request, Sample, Sampling, generate
+from meloformer.generation import Part, Request, Sample, Sampling, Steering, generate
+from meloformer.generation.guidance import without_conditions
 from meloformer.generation.prompt import Prompt, Task, accompaniment, continuation, rewriting
 from meloformer.hid import Family, Tokenizer, Vocabulary
-from meloformer.midi import read_score, write_midi
+from meloformer.hid.controls import CONDITIONS
+from meloformer.midi import DRUMS, read_score, write_midi
 from meloformer.model import MeloFormer
 
 INSTRUMENTS = [128, 0, 33, 48, 25, 73]
@@ -43,30 +46,51 @@ def random_sampling(rng: np.random.Generator) -> Sampling:
     )
 
 
-def random_request(rng: np.random.Generator) -> Request:
+def random_request(rng: np.random.Generator, known: list[str]) -> Request:
     def maybe(value):
         return value if rng.random() < 0.6 else None
 
     meters = [(4, 4), (3, 4), (6, 8), (7, 8), (1, 16)]
+    bars, instruments = int(rng.integers(1, 9)), rng.choice(INSTRUMENTS, rng.integers(1, 5)).tolist()
     return Request(
-        bars=maybe(int(rng.integers(1, 9))),
+        bars=maybe(bars),
         meter=maybe(meters[rng.integers(len(meters))]),
         tempo=maybe(int(rng.integers(20, 321))),
-        instruments=maybe(rng.choice(INSTRUMENTS, rng.integers(1, 5)).tolist()),
+        instruments=maybe(instruments),
+        steering=random_steering(rng, known, bars, instruments),
     )
 
 
-def random_task(rng: np.random.Generator, prompt: Prompt, max_length: int) -> Task:
+def random_steering(rng: np.random.Generator, known: list[str], bars: int, instruments: list[int]) -> Steering:
+    """Any conditions of those that the model knows, that fit into so many bars and, of parts, to these instruments."""
+
+    def maybe(name, value):
+        return value if name in known and rng.random() < 0.4 else None
+
+    names = ["C", "Am", "F#7", "Bbmaj7", "Gsus4", "none"]
+    described = [i for i in instruments if i != DRUMS and rng.random() < 0.5]
+    return Steering(
+        key=maybe("key", ["D minor", "Eb"][rng.integers(2)]),
+        chords=maybe("chords", [names[i] for i in rng.integers(len(names), size=rng.integers(1, bars + 1))]),
+        density=maybe("density", int(rng.integers(1, 11))),
+        bar_density=maybe("bar_density", rng.integers(0, 8, rng.integers(1, bars + 1)).tolist()),
+        parts=[Part(i, density=maybe("density", 3), polyphony=maybe("polyphony", 2)) for i in described],
+        end=[None, True, False][rng.integers(3)],
+    )
+
+
+def random_task(rng: np.random.Generator, prompt: Prompt, max_length: int, known: list[str]) -> Task:
     kind = rng.integers(3)
+    steering = random_steering(rng, known, 1, [])
     if kind == 0:
-        return continuation(prompt, int(rng.integers(1, 4)), max_length, int(rng.integers(1, 5)))
+        return continuation(prompt, int(rng.integers(1, 4)), max_length, int(rng.integers(1, 5)), steering)
     if kind == 1:
         tracks, first = len(prompt.score.tracks), int(rng.integers(prompt.num_bars))
         last = min(first + int(rng.integers(1, 4)), prompt.num_bars)
         chosen = rng.choice(tracks, rng.integers(1, min(tracks, 3) + 1), replace=False).tolist()
-        return rewriting(prompt, frozenset((t, b) for t in chosen for b in range(first, last)), max_length)
+        return rewriting(prompt, frozenset((t, b) for t in chosen for b in range(first, last)), max_length, steering)
     parts = rng.choice(INSTRUMENTS, rng.integers(1, 3)).tolist()
-    return accompaniment(prompt, parts, max_length, int(rng.integers(1, 4)))
+    return accompaniment(prompt, parts, max_length, int(rng.integers(1, 4)), steering)
 
 
 def check_opens(path: Path) -> int:
@@ -83,6 +107,11 @@ def check_request(request: Request, sample: Sample, path: Path) -> None:
     require(request.tempo is None or score.tempos["qpm"].tolist() == [request.tempo], "another tempo")
     meters = [tuple(m) for m in score.meters[["numerator", "denominator"]].tolist()]
     require(request.meter is None or meters == [tuple(request.meter)], "another meter")
+    given = request.steering.controls(Vocabulary(score.ticks_per_quarter))
+    head = [control.token for control in score.controls if control.track < 0 and control.bar < 0]
+    require(sorted(head) == sorted(given.head), "other conditions")
+    said = sum(2 if control.onset >= 0 else 1 for control in score.controls if control.track < 0 <= control.bar)
+    require(said == given.tokens_in_bars(0, score.num_bars), "other conditions of bars")
     wanted = request.instruments
     require(wanted is None or sorted(wanted) == sorted(score.instruments.tolist()), "other instruments")
     dropped = sum(write_midi(score, path)[name] for name in ("duplicate_dropped",))
@@ -116,12 +145,12 @@ def require(good: bool, what: str) -> None:
         raise RuntimeError(what)
 
 
-def prompts(folder: Path, vocabulary: Vocabulary, rng: np.random.Generator, count: int) -> list[Prompt]:
+def prompts(folder: Path, model: MeloFormer, rng: np.random.Generator, count: int) -> list[Prompt]:
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".mid", ".midi"))
     found: list[Prompt] = []
     for i in rng.permutation(len(files)).tolist():
         try:
-            found.append(Prompt(files[i], vocabulary))
+            found.append(Prompt(files[i], model.vocabulary, model.conditions if rng.random() < 0.7 else []))
         except UserError:
             continue
         if len(found) == count:
@@ -146,21 +175,25 @@ def main() -> None:
     else:
         config = ModelConfig(size="small", n_layer=2, n_head=2, d_model=32, d_ff=48)
         model = MeloFormer(config, Vocabulary()).eval()
+        model.conditions = [name for name in CONDITIONS if name != "tag"]
     tokenizer, done, started = Tokenizer(model.vocabulary), Counter(), time.perf_counter()
-    pool = prompts(options.midi, model.vocabulary, rng, 60) if options.midi else []
+    pool = prompts(options.midi, model, rng, 60) if options.midi else []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "sample.mid"
         while done["samples"] < options.samples:
             seed, task = int(rng.integers(2**31)), None
             if pool and rng.random() < 0.6:
                 try:
-                    task = random_task(rng, pool[rng.integers(len(pool))], options.max_length)
+                    task = random_task(rng, pool[rng.integers(len(pool))], options.max_length, model.conditions)
                 except UserError:  # a bar of a rich piece is more than this length
                     done["too_long"] += 1
                     continue
-            request = random_request(rng) if task is None else task.request
+            request = random_request(rng, model.conditions) if task is None else task.request
+            told = [] if task is None else request.given
+            steered = bool(request.steering.names()) or len(told) > len(without_conditions(told, model.vocabulary))
+            guidance = float(rng.choice([1.0, 2.0])) if steered else 1.0
             sampling, count = random_sampling(rng), min(int(rng.integers(1, 9)), options.samples - done["samples"])
-            samples = generate(model, request, count, sampling, seed, 4, options.max_length)
+            samples = generate(model, request, count, sampling, seed, 4, options.max_length, guidance=guidance)
             for sample in samples:
                 try:
                     tokenizer.validate(sample.tokens)
@@ -174,6 +207,8 @@ def main() -> None:
                     raise SystemExit(f"{error}: seed {seed}, sample {sample.index}{where}, {sampling}") from None
                 done["samples"] += 1
                 done["hit_max_length"] += sample.hit_limit
+                done["with conditions"] += steered
+                done["guided"] += guidance != 1
                 done["tokens"] += len(sample.tokens)
                 done["from nothing" if task is None else "parts" if task.instruments else "cells"] += 1
     done["seconds"] = round(time.perf_counter() - started)

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from meloformer.errors import UserError
+from meloformer.hid.controls import CONDITIONS
+from meloformer.hid.vocabulary import Family
 from meloformer.settings import Settings, option
 
 # Two feed-forwards of width d_ff a layer, for summaries and for regular tokens (the last layer has the latter alone),
@@ -32,6 +34,7 @@ BY_SIZE = "by model_size"
 FAMILY_HELP = (
     "meloformer (token streams) or fractal (piano rolls); each has flags of its own, see --family fractal --help"
 )
+BY_MODEL = "the model decides"
 
 
 @dataclass(kw_only=True)
@@ -139,13 +142,34 @@ class DataConfig(Settings):
     defer_continuation_probability: float = option(0.25, "how often all tracks are deferred from a random bar on")
     defer_track_probability: float = option(0.10, "how often whole tracks are deferred")
     defer_scattered_probability: float = option(0.10, "how often scattered cells are deferred")
+    bare_probability: float = option(0.2, "how often a piece is given no condition at all; the next are of the rest")
+    key_probability: float = option(0.6, "how often a piece's key is given")
+    chords_probability: float = option(0.6, "how often its chords are given")
+    tag_probability: float = option(0.6, "how often its tag is given")
+    density_probability: float = option(0.6, "how often its notes per quarter are given, and each track's")
+    polyphony_probability: float = option(0.6, "how often a track's notes at once are given")
+    role_probability: float = option(0.6, "how often a track's role is given")
+    bar_density_probability: float = option(0.6, "how often the notes per quarter of every bar are given")
+    predict_conditions: list[str] | None = option(
+        None, "conditions that the model learns to write itself where they stand, such as key,chords", shown="none"
+    )
 
     def __post_init__(self):
         if self.max_segments is None:
             self.max_segments = -(-self.max_seq_len // (12 * 128)) * 128
 
+    def given_conditions(self) -> list[str]:
+        """Names of the conditions that are given at all."""
+        return [name for name in CONDITIONS if getattr(self, f"{name}_probability") > 0]
+
+    def predicted_families(self) -> frozenset[Family]:
+        """Token families of `predict_conditions`."""
+        return frozenset(CONDITIONS[name] for name in self.predict_conditions or ())
+
     def validate(self) -> None:
         require = self.require
+        for name in self.predict_conditions or ():
+            require(name in CONDITIONS, "data.predict_conditions", name, ", ".join(CONDITIONS), "leave the others out")
         require(self.data_dir != "", "data.data_dir", "", "a folder", "give --data_dir")
         require(self.max_seq_len >= 16, "data.max_seq_len", self.max_seq_len, "at least 16", "24576 is the default")
         require(self.max_segments >= 1, "data.max_segments", self.max_segments, "at least 1", "leave it out")
@@ -290,6 +314,7 @@ class PreprocessConfig(Settings):
     sustain_pedal: Literal["ignore", "extend"] = option(
         "ignore", "extend lets a note sound until the pedal that holds it is lifted"
     )
+    conditions: bool = option(True, "derive key, chords, densities, roles and tags, for a model that takes them")
     dedup: bool = option(True, "keep one of several pieces with the same content")
     part: str | None = option(
         None, "i/n: only the i-th of n shares of the input; meloformer.data.merge joins them", shown="all of it"
@@ -338,12 +363,32 @@ class GenerateConfig(Settings):
         None, "with continue_bars and add_instruments, read only the last so many bars", shown="as many as fit"
     )
     only_new: bool = option(False, "write the new notes alone, not the prompt's")
-    bars: int | None = option(None, "bars in each piece", shown="the model decides")
-    tempo: int | None = option(None, "quarter notes a minute, 20 to 320", shown="the model decides")
-    time_signature: str | None = option(None, "such as 4/4 or 6/8", shown="the model decides")
+    bars: int | None = option(None, "bars in each piece", shown=BY_MODEL)
+    tempo: int | None = option(None, "quarter notes a minute, 20 to 320", shown=BY_MODEL)
+    time_signature: str | None = option(None, "such as 4/4 or 6/8", shown=BY_MODEL)
     instruments: list[str] | None = option(
-        None, "General MIDI programs (0 to 127), names, or drums, such as drums,33,violin", shown="the model decides"
+        None, "General MIDI programs (0 to 127), names, or drums, such as drums,33,violin", shown=BY_MODEL
     )
+    key: str | None = option(None, 'such as "A minor" or Bb', shown=BY_MODEL)
+    chords: str | None = option(None, 'such as "Am F C G", begun again until the last bar', shown=BY_MODEL)
+    chord_bars: float = option(1.0, "bars that each chord lasts, a multiple of 0.5")
+    density: int | None = option(None, "how many notes, of all parts together: 1 (few) to 10", shown=BY_MODEL)
+    bar_density: list[int] | None = option(
+        None, "how many notes in each bar: 0 (none) to 7, such as 2,4,6, begun again until the last bar", shown=BY_MODEL
+    )
+    tag: str | None = option(None, "a style: the name of a folder of the music it was trained on", shown=BY_MODEL)
+    track: list[str] | None = option(
+        None,
+        "a part and what is asked of it: program=33,role=bass,density=4,polyphony=1, all but the program optional; may "
+        "be given again; without --instruments these are the parts",
+        shown=BY_MODEL,
+    )
+    begin: bool | None = option(None, "the piece begins where its first bar is", shown="on")
+    end: bool | None = option(
+        None, "the piece ends with its last bar", shown="off, on where that is the end of a prompt's own music"
+    )
+    derive: bool = option(True, "tell the model a prompt's key, chords, densities and roles, as far as none are given")
+    guidance: float = option(1.0, "above 1 such conditions weigh more, for twice the work")
     temperature: float = option(1.0, "below 1 safer, above 1 wilder; 0 always takes the likeliest token")
     temperature_time: float | None = option(None, "for when notes begin", shown="temperature")
     temperature_pitch: float | None = option(None, "for pitches", shown="temperature")
@@ -375,6 +420,7 @@ class GenerateConfig(Settings):
         )
         self.require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, at most 1", "1 turns it off")
         self.require(0 <= self.min_p <= 1, "min_p", self.min_p, "from 0 to 1", "0 turns it off")
+        self.require(self.guidance >= 0, "guidance", self.guidance, "at least 0", "1 turns it off")
 
     def _validate_task(self) -> None:
         """Flags that contradict each other."""
@@ -391,12 +437,15 @@ class GenerateConfig(Settings):
                 f"{prompts[0]} needs one of --continue_bars, --rewrite and --add_instruments, received "
                 f"{' and '.join(tasks) or 'none'}; the output of one may be the prompt of the next"
             )
-        for flag in [] if prompts else [*tasks, *given("prompt_bars", "only_new")]:
+        underived = [] if self.derive else ["--no-derive"]
+        for flag in [] if prompts else [*tasks, *given("prompt_bars", "only_new"), *underived]:
             raise UserError(f"{flag} needs a MIDI file to go on from; give --prompt")
         for flag in given("bars", "tempo", "time_signature", "instruments") if prompts else []:
             raise UserError(f"{flag} is for pieces from nothing, here the prompt decides; leave it out")
         if self.rewrite is not None and self.prompt_bars is not None:
             raise UserError("--prompt_bars goes with --continue_bars or --add_instruments; --rewrite names its bars")
+        if self.chord_bars != 1 and self.chords is None:
+            raise UserError("--chord_bars is how long each of --chords lasts; give --chords too")
         if self.soundfont is not None and not self.wav:
             raise UserError("--soundfont is what --wav sounds through; give --wav too")
 
@@ -423,6 +472,13 @@ class EvaluateConfig(Settings):
     batch_size: int = option(1, "rows in one pass")
     device: str = option("auto", "auto, cpu, cuda or cuda:1")
     precision: Literal["auto", "bf16", "fp32"] = option("auto", "auto is bf16 on hardware that has it, else fp32")
+    conditions: list[str] | None = option(
+        None, "measure the same music also with these given, such as key,chords or all; each: one by one", shown="none"
+    )
+    obedience: int | None = option(
+        None, "write so many pieces under the conditions of held-out ones, and measure how they keep to them", shown="0"
+    )
+    guidance: float = option(1.0, "with obedience: above 1 the conditions weigh more, for twice the work")
     output: str | None = option(
         None,
         "file for the numbers; with --generated a folder for report.json and report.html",
@@ -440,5 +496,10 @@ class EvaluateConfig(Settings):
             raise UserError("--training is what --generated is searched for copies of; give that too")
         self.require(self.max_pieces >= 1, "max_pieces", self.max_pieces, "at least 1", "500 is the default")
         self.require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1", "1 is the default")
+        pieces = self.obedience or 0
+        self.require(pieces >= 0, "obedience", pieces, "at least 0", "32 pieces already say something")
+        self.require(self.guidance >= 0, "guidance", self.guidance, "at least 0", "1 turns it off")
+        if self.guidance != 1 and not self.obedience:
+            raise UserError("--guidance weighs the conditions of --obedience; give --obedience 32 too, or leave it out")
         rows = self.max_seq_len
         self.require(rows is None or rows >= 16, "max_seq_len", rows, "at least 16", "leave it out for the run's own")

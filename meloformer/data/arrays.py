@@ -26,7 +26,7 @@ import numpy as np
 from meloformer.errors import UserError
 from meloformer.files import atomic_file
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 METADATA_KEY = "meloformer"
 _NUMPY = {"U8": "<u1", "U16": "<u2", "U32": "<u4", "U64": "<u8", "I32": "<i4", "I64": "<i8", "F64": "<f8"}
 _SAFETENSORS = {np.dtype(numpy): name for name, numpy in _NUMPY.items()}

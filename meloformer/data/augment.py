@@ -19,9 +19,11 @@ from enum import IntEnum
 
 import numpy as np
 
+from meloformer.hid.controls import strip
 from meloformer.hid.vocabulary import CHORD_QUALITIES, NUM_VELOCITIES, PITCH_NAMES, Family, Vocabulary
 from meloformer.midi.score import DRUMS
 
+OF_ALL_TRACKS = ("density", "bar_density")  # conditions of a stream that are false once it has lost a track
 MAX_RECTANGLES = 64  # a bound on the loop; half the cells are covered long before
 
 
@@ -250,6 +252,8 @@ def augment(
         order = np.sort(rng.permutation(len(tracks))[min(dropped, len(tracks) // 2) :])
     if draws[3] < data.shuffle_tracks_probability:
         order = rng.permutation(order)
+    if len(order) < len(tracks):
+        head = strip(head, OF_ALL_TRACKS, v)
     tracks = [tracks[i] for i in order]
     tokens = np.concatenate([head, *tracks, end]).astype(np.uint16)
     cells = np.zeros((0, 2), dtype=np.int64)

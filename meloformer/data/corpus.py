@@ -27,6 +27,7 @@ from meloformer.hid.vocabulary import Vocabulary
 
 META, INDEX, REJECTED = "meta.json", "index.safetensors", "rejected.jsonl"
 # One row a piece; (num_pieces,) each. num_track_bars: BAR tokens of its tracks, the conductor's not counted.
+# num_chords: of its conditions, which are not among num_tokens; of any other kind a piece, a track or a bar has one.
 INDEX_DTYPES = {
     "shard": np.dtype(np.int32),
     "piece_in_shard": np.dtype(np.int32),
@@ -36,6 +37,7 @@ INDEX_DTYPES = {
     "num_tracks": np.dtype(np.int32),
     "num_notes": np.dtype(np.int32),
     "num_track_bars": np.dtype(np.int32),
+    "num_chords": np.dtype(np.int32),
     "seconds": np.dtype(np.float64),
     "content_hash": np.dtype(np.uint64),
     "cluster": np.dtype(np.uint64),
@@ -144,3 +146,18 @@ class Corpus:
         """What the token grid changed or could not hold in one piece, by the rule's name."""
         shard, row = self._locate(piece)
         return shard.changes(row)
+
+    def conditions(self, piece: int) -> np.ndarray:
+        """(n, 4) rows of one piece's conditions, sorted (hid.controls); none where preprocessing derived none."""
+        shard, row = self._locate(piece)
+        return shard.conditions(row)
+
+    @property
+    def has_conditions(self) -> bool:
+        """Whether preprocessing derived conditions."""
+        return self.meta["settings"]["conditions"]
+
+    @property
+    def tags(self) -> list[str]:
+        """Names of the tags, by number."""
+        return self.meta["input"]["tags"]

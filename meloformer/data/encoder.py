@@ -16,9 +16,10 @@ import numpy as np
 
 from meloformer.config import PreprocessConfig
 from meloformer.data.clusters import bar_shingles
-from meloformer.data.shards import MAX_BARS, MAX_TRACKS, SHARD_DTYPES, Piece, content_hash
+from meloformer.data.shards import MAX_BARS, MAX_TRACKS, NO_CONDITIONS, SHARD_DTYPES, Piece, content_hash
 from meloformer.data.sources import Source
 from meloformer.hid import Tokenizer, Vocabulary
+from meloformer.hid.conditions import derive
 from meloformer.midi import MidiError, read_score
 
 UNREADABLE, UNENCODABLE, CRASHED = "unreadable", "unencodable", "internal_error"
@@ -47,11 +48,11 @@ class Encoded(NamedTuple):
 
 
 def _packed(value):
-    return (value.dtype.str, value.tobytes()) if isinstance(value, np.ndarray) else value
+    return (value.dtype.str, value.shape, value.tobytes()) if isinstance(value, np.ndarray) else value
 
 
 def _unpacked(*values) -> Encoded:
-    values = [np.frombuffer(value[1], value[0]) if isinstance(value, tuple) else value for value in values]
+    values = [np.frombuffer(v[2], v[0]).reshape(v[1]) if isinstance(v, tuple) else v for v in values]
     return Encoded(Piece(*values[: len(Piece._fields)]), *values[len(Piece._fields) :])
 
 
@@ -99,8 +100,11 @@ class Encoder:
         }
         # in the shard's own types here already: less to hand over, and less for the writer to do
         segments = {column: values.astype(SHARD_DTYPES[column]) for column, values in segments.items()}
+        conditions = NO_CONDITIONS
+        if config.conditions:
+            conditions = derive(grid, source.tag, encoding.polyphony).rows(self.tokenizer.vocabulary)
         return Encoded(
-            Piece(name, tokens, **segments, changes=dict(grid.counts)),
+            Piece(name, tokens, **segments, changes=dict(grid.counts), conditions=conditions),
             num_bars,
             num_notes,
             encoding.num_track_bars,

@@ -1,6 +1,7 @@
 """Look into a MIDI file, a corpus, or one piece of a corpus: python -m meloformer.data.inspect song.mid
 
-A file: its tracks with number, name, program, bars and notes, and what the token grid would change or lose. A corpus:
+A file: its tracks with number, name, program, bars, notes and conditions, its key and chords, and what the token grid
+would change or lose. A corpus:
 every shard's checksum, totals, what was left out and why, the instruments, quantiles of the pieces' sizes, and the
 share of the pieces that `--max-seq-len` and `--max-bars` would leave whole. `--piece N` is one piece as the model sees
 it, with `--midi` and `--plot` to write it down.
@@ -13,7 +14,7 @@ The surprise: the tracks are those of the tokens, so one track of a file that ch
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +23,15 @@ from meloformer.command_line import Parser
 from meloformer.config import DataConfig
 from meloformer.data.corpus import Corpus
 from meloformer.errors import UserError, exit_cleanly
-from meloformer.hid import Tokenizer, Vocabulary
+from meloformer.hid import Family, Tokenizer, Vocabulary
+from meloformer.hid.conditions import CONDITIONS, chord_name, derive, key_name
+from meloformer.hid.controls import BAR, ONSET, TOKEN, TRACK
+from meloformer.hid.vocabulary import ROLES
 from meloformer.midi import Score, read_score, write_midi
 from meloformer.midi.general_midi import instrument_name
 from meloformer.midi.score import DRUMS
 
+MOST_CHORDS = 24  # that are shown of a piece
 QUANTILES = (0, 25, 50, 75, 90, 95, 99, 100)
 SIZES = ("tokens", "bars", "tracks", "notes")
 # What a rule of midi.read or hid.quantize did, in words; one that is not here shows its bare name.
@@ -57,12 +62,15 @@ IN_WORDS = {
 
 def describe_file(path: str | Path, resolution: int, sustain_pedal: str = "ignore") -> str:
     score = read_score(path, sustain_pedal)
-    encoding = Tokenizer(Vocabulary(resolution)).encode_fully(score, order="given")
+    vocabulary = Vocabulary(resolution)
+    encoding = Tokenizer(vocabulary).encode_fully(score, order="given")
     grid = encoding.score
+    rows = derive(grid).rows(vocabulary)
     facts = f"{grid.num_notes:,} notes, {grid.num_bars:,} bars, {len(encoding.tokens):,} tokens"
     lines = [
         f"{path}: {facts}, {_clock(float(score.seconds_at(score.end_tick)))}",
-        _tracks(grid, encoding.segment_track),
+        _tracks(grid, encoding.segment_track, rows, vocabulary),
+        *_conditions(rows, vocabulary),
     ]
     return "\n".join(lines + _changes(grid.counts, f"on a grid of {resolution} ticks a quarter note"))
 
@@ -79,7 +87,9 @@ def describe_piece(corpus: Corpus, piece: int) -> tuple[str, Score]:
     others = [corpus.name(int(i)) for i in same if i != piece]
     if others:
         lines.append(f"shares its cluster with {', '.join(others[:5])}{' and others' if len(others) > 5 else ''}")
-    lines.append(_tracks(score, np.asarray(corpus.segments(piece).track)))
+    rows = corpus.conditions(piece)
+    lines.append(_tracks(score, np.asarray(corpus.segments(piece).track), rows, corpus.vocabulary))
+    lines += _conditions(rows, corpus.vocabulary, corpus.tags)
     return "\n".join(lines + _changes(corpus.changes(piece), "when it was encoded")), score
 
 
@@ -94,6 +104,9 @@ def describe_corpus(corpus: Corpus, max_seq_len: int, max_bars: int) -> str:
         f"{totals['notes']:,} notes, {totals['tokens']:,} tokens, {totals['bars']:,} bars, {totals['hours']:,} hours",
         f"{len(meta['shards'])} shards, {size:,} bytes, {size / max(totals['tokens'], 1):.2f} a token, checksums right",
     ]
+    lines.append(
+        f"conditions: {'derived' if corpus.has_conditions else 'none'}; tags: {', '.join(corpus.tags) or 'none'}"
+    )
     lines += _changes(meta["rejected"], "files left out", {})
     if corpus.num_pieces:
         rows = [
@@ -110,8 +123,8 @@ def describe_corpus(corpus: Corpus, max_seq_len: int, max_bars: int) -> str:
     return "\n".join(lines + _changes(meta["changed"], "when the pieces were encoded"))
 
 
-def _tracks(score: Score, segment_track: np.ndarray) -> str:
-    """One line a track: number, name, program, bars that have notes, notes, lowest and highest pitch."""
+def _tracks(score: Score, segment_track: np.ndarray, conditions: np.ndarray, vocabulary: Vocabulary) -> str:
+    """One line a track: number, name, program, bars that have notes, notes, lowest and highest pitch, conditions."""
     num_tracks = len(score.tracks)
     bars, notes = (
         np.bincount(segment_track, minlength=num_tracks),
@@ -122,8 +135,41 @@ def _tracks(score: Score, segment_track: np.ndarray) -> str:
         program = "drums" if track.instrument == DRUMS else f"{track.program} {instrument_name(track.program)}"
         pitches = score.notes["pitch"][score.notes["track"] == i]
         name = "".join(letter if letter.isprintable() else "?" for letter in track.name)
-        rows.append((str(i), name[:40], program, f"{bars[i]:,}", f"{notes[i]:,}", f"{pitches.min()}-{pitches.max()}"))
-    return table(("track", "name", "program", "bars", "notes", "pitches"), rows)
+        said = _said(conditions[conditions[:, TRACK] == i], vocabulary)
+        what = (said.get(name, "") for name in ("role", "density", "polyphony"))
+        rows.append(
+            (str(i), name[:40], program, f"{bars[i]:,}", f"{notes[i]:,}", f"{pitches.min()}-{pitches.max()}", *what)
+        )
+    return table(("track", "name", "program", "bars", "notes", "pitches", "role", "density", "polyphony"), rows)
+
+
+def _said(rows: np.ndarray, vocabulary: Vocabulary) -> dict[str, str]:
+    """Conditions by name in words; what stands for a bar of many is left out."""
+    families = {family: name for name, family in CONDITIONS.items()}
+    found = {}
+    for token in rows[rows[:, BAR] < 0, TOKEN].tolist():
+        name, value = families[Family(vocabulary.family_of[token])], int(vocabulary.value_of[token])
+        words = {"key": key_name, "role": ROLES.__getitem__, "tag": str}
+        found[name] = words[name](value) if name in words else str(value + 1)
+    return found
+
+
+def _conditions(rows: np.ndarray, vocabulary: Vocabulary, tags: Sequence[str] = ()) -> list[str]:
+    """Key, density and tag of a piece, and its first chords, a bar line where they change in a later bar."""
+    if not len(rows):
+        return []
+    said = _said(rows[rows[:, TRACK] < 0], vocabulary)
+    facts = [f"key {said['key']}"] if "key" in said else []
+    facts += [f"density {said['density']} of 10"] if "density" in said else []
+    facts += [f"tag {tags[int(said['tag'])]}"] if "tag" in said else []
+    chords = rows[rows[:, ONSET] >= 0]
+    shown, bar = [], -1
+    for row in chords[:MOST_CHORDS].tolist():
+        shown += [f"| {row[BAR] + 1}:"] if row[BAR] != bar else []
+        shown.append(chord_name(int(vocabulary.value_of[row[TOKEN]])))
+        bar = row[BAR]
+    more = f" and {len(chords) - MOST_CHORDS:,} more" if len(chords) > MOST_CHORDS else ""
+    return ["", *([", ".join(facts)] if facts else []), f"chords, by bar {' '.join(shown)}{more}"]
 
 
 def _changes(counts: Mapping[str, int], when: str, words: Mapping[str, str] = IN_WORDS) -> list[str]:

@@ -117,7 +117,7 @@ def _encoded(part: Corpus, piece: int, shingles: np.ndarray) -> Encoded:
     tokens = part.piece(piece)
     families, values = part.vocabulary.family_of[tokens], part.vocabulary.value_of[tokens]
     return Encoded(
-        Piece(part.name(piece), tokens, *part.segments(piece), part.changes(piece)),
+        Piece(part.name(piece), tokens, *part.segments(piece), part.changes(piece), part.conditions(piece)),
         row["num_bars"],
         row["num_notes"],
         row["num_track_bars"],

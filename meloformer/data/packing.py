@@ -20,6 +20,8 @@ the reserved lengths, so a planned row always fits, and `fill` is the reserved s
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
+from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -28,12 +30,15 @@ from meloformer.config import DataConfig
 from meloformer.data.augment import Augmentation, Deferral, augment, deferred_share, draw_deferral, growth_bound
 from meloformer.data.corpus import Corpus
 from meloformer.data.draws import generator, key, mix, uniform
+from meloformer.data.shards import MAX_TRACKS, NO_CONDITIONS
 from meloformer.data.windows import BAR_TOO_LONG, BAR_TOO_MANY, PieceTable, cut
 from meloformer.errors import UserError
-from meloformer.hid import Tokenizer
+from meloformer.hid import Family, Tokenizer
+from meloformer.hid.controls import CONDITIONS, TOKEN, TRACK
 from meloformer.hid.rows import make_row
 
 Split = Literal["train", "validation"]
+OF_PIECE, OF_TRACKS = ("key", "tag", "density"), ("density", "polyphony", "role")  # one each, of what has conditions
 BLOCK = 1024  # windows packed together: more fills rows better, fewer mixes better and costs less
 FULL_GROWTH = 1 / 6  # of a stream with every bar deferred: two tokens for each bar of about twelve
 SHORTEST_FIRST_WINDOW = 1 / 8  # of a row: the first cut of an epoch lies anywhere from here to a whole row
@@ -103,7 +108,10 @@ class RowPlan:
     """`num_rows`, `windows` (WINDOW_DTYPE, in row order), `skipped` (Counter), `fill` ({"tokens", "segments"}).
 
     The training split is shuffled and augmented anew each epoch, the validation split never; `augment=False` gives
-    the training split as the validation split is given. `without`: numbers of pieces to leave out.
+    the training split as the validation split is given. With augmentation each condition (hid.controls.CONDITIONS) is
+    given with its probability in `data`, those of a track apart from one another; without, those named in
+    `conditions`, in windows that have room for all of `room`, so that plans of equal room hold the same music.
+    `without`: numbers of pieces to leave out.
     """
 
     def __init__(
@@ -115,6 +123,8 @@ class RowPlan:
         split: Split = "train",
         augment: bool | None = None,
         without: np.ndarray | None = None,
+        conditions: Collection[str] = (),
+        room: Collection[str] = (),
     ):
         if split not in ("train", "validation"):
             raise ValueError(f"split is {split!r}, must be train or validation")
@@ -123,6 +133,13 @@ class RowPlan:
         # Without augmentation no draw depends on seed or epoch: validation is the same music in the same rows.
         self.seed, self.epoch = (seed, epoch) if self.augmented else (0, 0)
         self.tokenizer = Tokenizer(corpus.vocabulary)
+        self._predicted = data.predicted_families() if self.augmented else frozenset()
+        shares = {name: getattr(data, f"{name}_probability") for name in CONDITIONS}
+        if not self.augmented:
+            shares = {name: float(name in conditions) for name in CONDITIONS}
+        self._given = shares if corpus.has_conditions else dict.fromkeys(CONDITIONS, 0.0)
+        self._bare = data.bare_probability if self.augmented else 0.0
+        self._room = {name: max(share, float(name in room)) for name, share in self._given.items()}
         pieces, self.skipped = split_pieces(corpus, data)
         self.pieces = pieces[split] if without is None else np.setdiff1d(pieces[split], without)
         windows = self._windows()
@@ -136,7 +153,7 @@ class RowPlan:
         data, index, pieces = self.data, self.corpus.index, self.pieces
         deferral, level = self._draw_deferral(pieces, np.zeros_like(pieces))
         # What a whole piece costs as a window: the index counts the stream without PIECE_BEGIN and PIECE_END.
-        length = index["num_tokens"][pieces] + 2
+        length = index["num_tokens"][pieces] + 2 + self._most_conditions(pieces)
         fits = (length <= self._budget(deferral, level)) & (index["num_segments"][pieces] <= data.max_segments)
         whole = np.zeros(int(fits.sum()), dtype=WINDOW_DTYPE)
         chosen = pieces[fits]
@@ -157,7 +174,7 @@ class RowPlan:
 
     def _cut(self, piece: int) -> np.ndarray:
         data = self.data
-        table = PieceTable(self.corpus.piece(piece), self.corpus.vocabulary)
+        table = self._table(piece, self._room)
         share = 1.0
         if self.augmented:
             draw = float(uniform(self.seed, self.epoch, "first window", piece))
@@ -195,6 +212,44 @@ class RowPlan:
     def _budget(self, deferral: np.ndarray, level: np.ndarray) -> np.ndarray:
         """Tokens that a window may have before its bars are deferred."""
         return (self.data.max_seq_len / (1 + FULL_GROWTH * deferred_share(deferral, level))).astype(np.int64)
+
+    # --- conditions ---------------------------------------------------------------------------------------------
+
+    def _is_given(self, share: np.ndarray | float, piece: np.ndarray | int, name: np.ndarray | int, track=-1):
+        """Whether a condition is given, by the value of its family; of a track, or (-1) of the piece and its bars.
+
+        Drawn anew each epoch, and the same for every window of a piece, so that what a window costs is known. Some
+        pieces have none at all, and in half of them all tracks have a condition or none has it: alone, a coin for each
+        of twenty tracks would never leave a stream bare, and bare or complete is what most streams are in use.
+        """
+        draw = partial(uniform, self.seed, self.epoch)
+        together = draw("all tracks alike", piece, name) < 0.5
+        coin = np.where((np.asarray(track) < 0) | ~together, np.asarray(track) + 1, MAX_TRACKS + 1)
+        return (draw("no conditions", piece) >= self._bare) & (draw("condition", piece, name, coin) < share)
+
+    def _most_conditions(self, piece: np.ndarray) -> np.ndarray:
+        """(n,) tokens that the conditions of whole pieces take, or a few more: no piece is read for it."""
+        index, room = self.corpus.index, self._room
+
+        def given(name: str) -> np.ndarray:
+            return self._is_given(room[name], piece, CONDITIONS[name])
+
+        of_piece = sum(given(name).astype(np.int64) for name in OF_PIECE)
+        of_bars = 2 * index["num_chords"][piece].astype(np.int64) * given("chords")
+        of_bars += index["num_bars"][piece] * given("bar_density")
+        return of_piece + of_bars + index["num_tracks"][piece] * sum(room[name] > 0 for name in OF_TRACKS)
+
+    def _table(self, piece: int, shares: dict[str, float]) -> PieceTable:
+        """The piece, with as many of its conditions as the shares give."""
+        vocabulary = self.corpus.vocabulary
+        conditions = NO_CONDITIONS
+        if any(shares.values()):
+            conditions = self.corpus.conditions(piece)
+            family = vocabulary.family_of[conditions[:, TOKEN]].astype(np.int64)
+            share = np.zeros(len(Family))
+            share[list(CONDITIONS.values())] = [shares[name] for name in CONDITIONS]
+            conditions = conditions[self._is_given(share[family], piece, family, conditions[:, TRACK])]
+        return PieceTable(self.corpus.piece(piece), vocabulary, conditions)
 
     # --- rows ---------------------------------------------------------------------------------------------------
 
@@ -235,7 +290,7 @@ class RowPlan:
         """The stream of one entry of `windows`, augmented, and where it comes from."""
         entry = self.windows[window]
         piece, first, last = int(entry["piece"]), int(entry["first_bar"]), int(entry["last_bar"])
-        tokens = PieceTable(self.corpus.piece(piece), self.corpus.vocabulary).window(first, last)
+        tokens = self._table(piece, self._given).window(first, last)
         done = Augmentation()
         if self.augmented:
             rng = generator(self.seed, self.epoch, "augment", piece, int(entry["ordinal"]))
@@ -247,7 +302,11 @@ class RowPlan:
         """One row in hid.make_row's form, and its documents' origins in order."""
         pairs = [self.document(window) for window in range(*self.window_range(row))]
         arrays = make_row(
-            [tokens for tokens, _ in pairs], self.corpus.vocabulary, self.data.max_seq_len, self.data.max_segments
+            [tokens for tokens, _ in pairs],
+            self.corpus.vocabulary,
+            self.data.max_seq_len,
+            self.data.max_segments,
+            self._predicted,
         )
         return arrays, [document for _, document in pairs]
 

@@ -7,9 +7,14 @@ track that has notes) and what the token grid changed in each:
     segment_offset uint32 (S,)          segment_offsets int64 (P + 1,)         into the segment table
     segment_bar uint16 (S,)             segment_track uint16 (S,)              segment_instrument uint8 (S,)
     change_rule uint8 (C,)              change_count uint32 (C,)               change_offsets int64 (P + 1,)
+    condition_token uint16 (K,)         condition_track uint16 (K,)            condition_offsets int64 (P + 1,)
+    condition_bar uint16 (K,)           condition_onset uint16 (K,)            each plus one, 0 for none
 
-segment_offset is the position of the segment's BAR inside its piece. The header carries the format version, the
-vocabulary's hash, the pieces' names, and the names of the rules (see hid.quantize and midi.read).
+segment_offset is the position of the segment's BAR inside its piece. The conditions of a piece (hid.conditions) are
+rows of controls beside its stream and not tokens in it: so the stream, its hash, its length and its segments do not
+depend on what is derived and how; a row of a batch has room for those conditions alone that it holds; and a window
+restates what is in force without a search. They take 8 bytes each, a twentieth of a shard. The header carries the
+format version, the vocabulary's hash, the pieces' names, and the names of the rules (see hid.quantize and midi.read).
 
 >>> path = "/tmp/shard-00000.safetensors"
 >>> piece = Piece("a.mid", np.array([1, 2]), *EMPTY_SEGMENTS, {"overlaps": 3})
@@ -31,6 +36,7 @@ from typing import NamedTuple
 import numpy as np
 
 from meloformer.data.arrays import FORMAT_VERSION, ArrayWriter, MappedArrays
+from meloformer.hid.controls import BAR, ONSET, TOKEN, TRACK
 
 SHARD_DTYPES = {
     "tokens": np.dtype(np.uint16),
@@ -43,8 +49,14 @@ SHARD_DTYPES = {
     "change_offsets": np.dtype(np.int64),
     "change_rule": np.dtype(np.uint8),
     "change_count": np.dtype(np.uint32),
+    "condition_offsets": np.dtype(np.int64),
+    "condition_token": np.dtype(np.uint16),
+    "condition_track": np.dtype(np.uint16),
+    "condition_bar": np.dtype(np.uint16),
+    "condition_onset": np.dtype(np.uint16),
 }
-MAX_BARS = MAX_TRACKS = 1 << 16  # what the columns of the segment table hold
+MAX_BARS = MAX_TRACKS = (1 << 16) - 1  # what the columns of the tables hold
+NO_CONDITIONS = np.zeros((0, 4), dtype=np.int64)
 REMEDY = "copy it again from where it is whole, or remove the folder and preprocess the MIDI files again"
 
 
@@ -58,6 +70,7 @@ class Piece(NamedTuple):
     segment_track: np.ndarray
     segment_instrument: np.ndarray
     changes: Mapping[str, int] = {}  # how often which rule changed or dropped something
+    conditions: np.ndarray = NO_CONDITIONS  # (n, 4) rows of controls, sorted; see hid.controls
 
 
 class SegmentTable(NamedTuple):
@@ -101,6 +114,7 @@ class ShardWriter:
             ("piece_offsets", "tokens"),
             ("segment_offsets", "segment_bar"),
             ("change_offsets", "change_rule"),
+            ("condition_offsets", "condition_token"),
         ):
             self._arrays.append_one(offsets, self._arrays.length(column))
 
@@ -110,6 +124,9 @@ class ShardWriter:
         for rule in sorted(piece.changes):
             self._arrays.append_one("change_rule", self._rules.setdefault(rule, len(self._rules)))
             self._arrays.append_one("change_count", piece.changes[rule])
+        for name, column in (("track", TRACK), ("bar", BAR), ("onset", ONSET)):
+            self._arrays.append(f"condition_{name}", piece.conditions[:, column] + 1)
+        self._arrays.append("condition_token", piece.conditions[:, TOKEN])
         self._append_ends()
         self._names.append(piece.name)
 
@@ -182,3 +199,12 @@ class Shard:
         first, last = self._arrays["change_offsets"][piece : piece + 2]
         rules, counts = self._arrays["change_rule"][first:last], self._arrays["change_count"][first:last]
         return {self._rules[rule]: count for rule, count in zip(rules.tolist(), counts.tolist())}
+
+    def conditions(self, piece: int) -> np.ndarray:
+        """(n, 4) int64 rows of one piece's conditions (hid.controls), sorted; a copy."""
+        first, last = self._arrays["condition_offsets"][piece : piece + 2]
+        rows = np.empty((last - first, 4), dtype=np.int64)
+        for name, column in (("track", TRACK), ("bar", BAR), ("onset", ONSET)):
+            rows[:, column] = self._arrays[f"condition_{name}"][first:last].astype(np.int64) - 1
+        rows[:, TOKEN] = self._arrays["condition_token"][first:last]
+        return rows

@@ -4,15 +4,17 @@
 ['a/Song.MID', 'b.mid']
 
 A folder is searched through in the order of the relative paths; a text file has one path a line, relative to the
-current folder, as `find midi/ -name "*.mid"` prints them, and keeps its order. Nothing is held in memory but one
-folder's names at a time: every walk over an `Input` reads the folder, or the list, again. The surprise: a name is
-stored as text, and file names are bytes: those that are no UTF-8 are written as \\xNN.
+current folder, as `find midi/ -name "*.mid"` prints them, and keeps its order. A file's tag is the first folder of its
+path below the input, or in a list what stands behind a tab; of more than 64 the most frequent count. Nothing is held
+in memory but one folder's names at a time: every walk over an `Input` reads the folder, or the list, again. The
+surprise: a name is stored as text, and file names are bytes: those that are no UTF-8 are written as \\xNN.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -21,20 +23,23 @@ from typing import NamedTuple
 from meloformer.errors import UserError
 
 SUFFIXES = (".mid", ".midi")
+MAX_TAGS = 64  # the vocabulary's TAG tokens
 
 
 class Source(NamedTuple):
-    """A file to read, and the name it goes by in the corpus."""
+    """A file to read, the name it goes by in the corpus, and the number of its tag."""
 
     path: str
     name: str
+    tag: int | None = None
 
 
 class Input:
     """The files that `--input`, `--limit` and `--part` name, in order; UserError if there are none.
 
-    `files` is their number, `hash` 16 hex digits over the names and sizes: what tells this input from another. Both
-    speak of the whole input, whatever the part; `first` and `last` are the part's share of it.
+    `files` is their number, `hash` 16 hex digits over the names, sizes and tags: what tells this input from another;
+    `tags` are the names of the tags, sorted, the number of a tag its place among them. All three speak of the whole
+    input, whatever the part; `first` and `last` are the part's share of it.
     """
 
     def __init__(self, given: str, limit: int | None = None, part: tuple[int, int] = (1, 1)):
@@ -44,10 +49,14 @@ class Input:
             self._check_list(Path(given))
         digest = hashlib.sha256()
         self.files = 0
-        for source in self._all():
-            digest.update(f"{source.name}\0{_size(source.path)}\n".encode())
+        tags: Counter[str] = Counter()
+        for path, name, tag in self._all():
+            digest.update("\0".join((name, str(_size(path)), *([tag] if tag else []))).encode() + b"\n")
             self.files += 1
+            tags[tag] += 1
         self.hash = digest.hexdigest()[:16]
+        del tags[""]
+        self.tags = sorted(sorted(tags, key=lambda tag: (-tags[tag], tag))[:MAX_TAGS])
         if not self.files and Path(given).is_dir():
             raise UserError(f"{given}: no .mid or .midi file in this folder or below it; give a folder that has some")
         if not self.files:
@@ -62,12 +71,14 @@ class Input:
 
     def after(self, number: int) -> Iterator[Source]:
         """This part's files from that number of the whole input on."""
-        return islice(self._all(), number, self.last)
+        numbers = {tag: number for number, tag in enumerate(self.tags)}
+        return (Source(path, name, numbers.get(tag)) for path, name, tag in islice(self._all(), number, self.last))
 
     def describe(self) -> dict:
-        return {"files": self.files, "hash": self.hash}
+        return {"files": self.files, "hash": self.hash, "tags": self.tags}
 
-    def _all(self) -> Iterator[Source]:
+    def _all(self) -> Iterator[tuple[str, str, str]]:
+        """Path, name and tag of every file."""
         return islice(_walk(self.given) if Path(self.given).is_dir() else _lines(self.given), self._limit)
 
     @staticmethod
@@ -78,7 +89,7 @@ class Input:
             raise UserError(f"{path}: is one MIDI file; --input takes a folder of them, or a text file of paths")
 
 
-def _walk(folder: str, below: str = "") -> Iterator[Source]:
+def _walk(folder: str, below: str = "") -> Iterator[tuple[str, str, str]]:
     """Sorted by name. A folder stands among its siblings as "name/", which is how its files' relative paths sort."""
     names = []
     try:
@@ -98,15 +109,16 @@ def _walk(folder: str, below: str = "") -> Iterator[Source]:
         if name.endswith("/"):
             yield from _walk(folder, relative)
         else:
-            yield Source(os.path.join(folder, relative), _printable(relative))
+            name = _printable(relative)
+            yield os.path.join(folder, relative), name, name.split("/")[0] if "/" in name else ""
 
 
-def _lines(path: str) -> Iterator[Source]:
+def _lines(path: str) -> Iterator[tuple[str, str, str]]:
     with open(path, "rb") as file:
         for line in file:
-            name = os.fsdecode(line.strip())
-            if name:
-                yield Source(name, _printable(name))
+            name, _, tag = os.fsdecode(line.strip()).partition("\t")
+            if name.strip():
+                yield name.strip(), _printable(name.strip()), _printable(tag.strip())
 
 
 def _printable(name: str) -> str:

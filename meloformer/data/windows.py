@@ -2,8 +2,9 @@
 
 A window [first, last) of bars is itself a valid stream: the stream's controls, the conductor's bars with the meter
 and tempo in force restated at the first, and of every track that plays in the window its INSTRUMENT and its bars up to
-its last one with notes. PIECE_BEGIN stands in it if it starts at the piece's first bar, PIECE_END if it ends at the
-last. A note belongs to the bar it begins in and may ring past the window's end.
+its last one with notes; and the conditions that are given, the chord in force restated too. PIECE_BEGIN stands in it
+if it starts at the piece's first bar, PIECE_END if it ends at the last. A note belongs to the bar it begins in and may
+ring past the window's end.
 
 >>> v = Vocabulary()
 >>> note = [v.time(0), v.pitch(60), v.duration(24), v.velocity(90)]
@@ -13,7 +14,7 @@ last. A note belongs to the bar it begins in and may ring past the window's end.
 ((13, 1), ['BOS', 'PIECE_END', 'CONDUCTOR', 'BAR', 'METER_4/4', 'TEMPO_120'])
 
 The surprise: the cost of a window is exact before any token is copied, because a window is the concatenation of a
-head, a slice of the conductor and one slice of each track.
+head, a slice of the conductor and one slice of each track, and conditions are counted by bar and by track.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from meloformer.data.shards import NO_CONDITIONS
+from meloformer.hid.controls import insert, rows_in_window
 from meloformer.hid.vocabulary import Family, Vocabulary
 
 BAR_TOO_LONG = "bar_over_max_seq_len"
@@ -30,11 +33,14 @@ BAR_TOO_MANY = "bar_over_max_segments"
 
 
 class PieceTable:
-    """Where the bars of a whole valid stream (without MASK) stand, and what each costs."""
+    """Where the bars of a whole valid stream (without MASK) stand, and what each costs.
 
-    def __init__(self, tokens: np.ndarray, vocabulary: Vocabulary):
+    `conditions`: (n, 4) sorted rows of controls (hid.controls) that its windows hold beside the stream's own.
+    """
+
+    def __init__(self, tokens: np.ndarray, vocabulary: Vocabulary, conditions: np.ndarray = NO_CONDITIONS):
         self.tokens = tokens = np.asarray(tokens)
-        self.vocabulary = vocabulary
+        self.vocabulary, self.conditions = vocabulary, conditions
         kind = vocabulary.family_of[tokens]
         end = len(tokens) - 1  # EOS
         bars = np.flatnonzero(kind == Family.BAR)
@@ -72,6 +78,20 @@ class PieceTable:
         # (tracks, num_bars + 1): one past the last sounding bar before each bar line, 0 if there is none
         last = np.where(sounding, np.arange(1, num_bars + 1), 0)
         self._played_until = np.maximum.accumulate(np.pad(last, ((0, 0), (1, 0))), axis=1)
+        self._count_conditions()
+
+    def _count_conditions(self) -> None:
+        """Tokens of the conditions: of the whole piece, of each track, up to each bar line, and to restate a chord."""
+        track, bar, onset, _ = self.conditions.T
+        self._said_of_piece = int(np.count_nonzero((track < 0) & (bar < 0)))
+        self._said_of_track = np.bincount(track[track >= 0], minlength=self.num_tracks)
+        in_bar = (track < 0) & (bar >= 0)
+        is_chord = onset[in_bar] >= 0
+        self._said_before = _running_sum(np.bincount(bar[in_bar], 1 + is_chord, self.num_bars)[None])[0]
+        chords = np.bincount(bar[onset >= 0], minlength=self.num_bars)
+        in_force = np.concatenate(([0], np.cumsum(chords)[:-1])) > 0
+        begins = np.bincount(bar[onset == 0], minlength=self.num_bars) > 0
+        self._chord_restated = 2 * (in_force & ~begins)
 
     def _in_force(self, kind: np.ndarray, family: Family) -> tuple[np.ndarray, np.ndarray]:
         """(num_bars,) token of the family in force in each bar, and whether the bar itself says it."""
@@ -90,7 +110,8 @@ class PieceTable:
         head = 3 + len(self._controls) + (first == 0) + (last == self.num_bars)  # BOS, CONDUCTOR, EOS
         conductor = self._conductor[last] - self._conductor[first] + self._restated[first]
         segments = self._segments_before[last] - self._segments_before[first]
-        return int(head + conductor + tracks.sum()), int(segments)
+        said = self._said_of_piece + self._said_before[last] - self._said_before[first] + self._chord_restated[first]
+        return int(head + conductor + tracks.sum() + said + self._said_of_track[rows].sum()), int(segments)
 
     def layout(self, first: int, last: int) -> tuple[int, int]:
         """Tracks of the window, and how many BARs they write together."""
@@ -112,14 +133,18 @@ class PieceTable:
         parts = [[v.BOS, *marks], self._controls, [v.CONDUCTOR], bar[:head]]
         parts += [[self._meter[first], self._tempo[first]], conductor[head + said :]]
         until = self._played_until[:, last]
-        for track in np.flatnonzero(until > first):
+        playing = np.flatnonzero(until > first)
+        for track in playing:
             start = self._instrument_at[track]
             notes = start + self._head[track]
             parts.append(self.tokens[start:notes])
             begin, end = self._tokens_before[track, first], self._tokens_before[track, until[track]]
             parts.append(self.tokens[notes + begin : notes + end])
         parts.append([v.EOS])
-        return np.concatenate(parts).astype(np.uint16)
+        tokens = np.concatenate(parts).astype(np.uint16)
+        if not len(self.conditions):
+            return tokens
+        return insert(tokens, rows_in_window(self.conditions, first, last, playing), v)
 
     def furthest(self, first: int, max_tokens: int, max_segments: int) -> int:
         """The last bar line to which a window from `first` fits both budgets; `first` if one bar does not."""

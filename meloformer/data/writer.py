@@ -27,6 +27,7 @@ from meloformer.data.journal import Journal
 from meloformer.data.shards import ShardWriter, shard_name
 from meloformer.files import write_atomic
 from meloformer.hid import Vocabulary
+from meloformer.hid.controls import ONSET
 from meloformer.midi.score import DRUMS
 
 SETTINGS = (
@@ -37,6 +38,7 @@ SETTINGS = (
     "max_bars",
     "resolution",
     "sustain_pedal",
+    "conditions",
     "dedup",
     "part",
 )
@@ -154,6 +156,7 @@ class CorpusWriter:
             "shard": len(state.shards),
             "piece_in_shard": self._entry.length("source"),
             "num_track_bars": result.num_track_bars,
+            "num_chords": int(np.count_nonzero(piece.conditions[:, ONSET] >= 0)),
             "seconds": result.seconds,
             "content_hash": result.content,
             "source": number,

@@ -7,6 +7,7 @@ checkpoint, or into rows of `max_seq_len`, and each is read once. Out: a table, 
 (or `output`), whole or absent:
 
     {"nats_per_note": 3.6, "nats_per_bar": 31.0, "by_type": {...}, ..., "baselines": {"unigram": {..}, ..},
+     "obedience": {...} (with `--obedience 32`, see evaluation.obedience),
      "checkpoint": "runs/base/checkpoints/step_00004000", "step": 4000, "split": "validation", "data_hash": ".."}
 
 >>> run(EvaluateConfig(checkpoint="runs/base"))   # doctest: +SKIP
@@ -28,6 +29,7 @@ from meloformer.config import DataConfig, EvaluateConfig
 from meloformer.data import Corpus, RowPlan
 from meloformer.device import choose_device, choose_precision
 from meloformer.errors import UserError
+from meloformer.evaluation import conditions, obedience
 from meloformer.evaluation.baselines import evaluate_baselines
 from meloformer.evaluation.by_piece import evaluate_pieces
 from meloformer.evaluation.compare import compare
@@ -43,6 +45,7 @@ def run(config: EvaluateConfig) -> dict:
     """Evaluate, print the table, write the file; returns what was written."""
     if config.generated:
         return compare(config)
+    given = conditions.subsets(config.conditions) if config.conditions else {}
     folder = find_pretrained(config.checkpoint)
     state = read_state(folder)
     output = Path(config.output) if config.output else run_folder(folder) / EVALUATION
@@ -66,6 +69,10 @@ def run(config: EvaluateConfig) -> dict:
     if corpus.hash != state["fixed"]["data_hash"]:
         print(f"note: {data.data_dir} is not the corpus that {folder} was trained on")
 
+    kept = None
+    if config.obedience:
+        asked = {"num_samples": config.obedience, "guidance": config.guidance, "split": config.split}
+        kept = obedience.measure(model, corpus, data, **asked)
     progress = partial(
         tqdm,
         total=-(-plan.num_rows // config.batch_size),
@@ -76,8 +83,13 @@ def run(config: EvaluateConfig) -> dict:
     likelihood = evaluate_pieces(model, plan, config.batch_size, precision, progress=progress)
     by_piece = likelihood["by_piece"]
     by_piece["name"] = [corpus.name(piece) for piece in by_piece.pop("piece")]
+    worth = {}
+    if given:
+        worth = conditions.worth_of(model, corpus, data, config.split, given, config.batch_size, precision)
     evaluation = {
         **likelihood,
+        **({"conditions": worth} if worth else {}),
+        **({"obedience": kept} if kept else {}),
         "baselines": evaluate_baselines(corpus, data) if config.split == "validation" else {},
         "checkpoint": str(folder),
         "step": state["progress"]["step"],
@@ -89,6 +101,10 @@ def run(config: EvaluateConfig) -> dict:
     }
     write_atomic(output, json.dumps(evaluation, indent=1).encode())
     print(report(evaluation))
+    if worth:
+        print(f"\n{conditions.report(worth)}")
+    if kept:
+        print(f"\n{obedience.report(kept)}")
     print(f"written to {output}")
     return evaluation
 

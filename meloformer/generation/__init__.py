@@ -3,5 +3,6 @@
 from meloformer.generation.engine import Sample, generate
 from meloformer.generation.request import Request
 from meloformer.generation.sampling import Sampling
+from meloformer.generation.steering import Part, Steering
 
-__all__ = ["Request", "Sample", "Sampling", "generate"]
+__all__ = ["Part", "Request", "Sample", "Sampling", "Steering", "generate"]

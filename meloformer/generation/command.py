@@ -39,6 +39,7 @@ from meloformer.generation.prompt import (
 from meloformer.generation.request import Request
 from meloformer.generation.sampling import Sampling
 from meloformer.generation.sound import Synthesizer
+from meloformer.generation.steering import Steering, parse_parts
 from meloformer.hid import Family
 from meloformer.midi import read_score, write_midi
 from meloformer.midi.general_midi import instrument_name, parse_instrument
@@ -67,6 +68,7 @@ def run(config: GenerateConfig) -> None:
     """Generate and write; UserError before anything is written where something is wrong."""
     config.validate()
     request, paths = read_request(config), read_prompts(config)
+    steering = request.steering
     output = Path(config.output)
     runs = earlier_runs(output)
     names = _names(config, paths)
@@ -76,11 +78,16 @@ def run(config: GenerateConfig) -> None:
     synthesizer = Synthesizer(config.soundfont) if config.wav else None
     model = MeloFormer.from_pretrained(config.checkpoint).to(choose_device(config.device))
     max_length = config.max_length or model.max_seq_len
-    tasks = [plan(config, Prompt(path, model.vocabulary), max_length) for path in paths]
+    steering.require_known(model.conditions)
+    derived = model.conditions if config.derive else []
+    prompts = (Prompt(path, model.vocabulary, derived, model.tags) for path in paths)
+    tasks = [plan(config, prompt, steering, max_length) for prompt in prompts]
     jobs = [Job(task.request, group, task) for task, group in zip(tasks, names)] or [Job(request, names[0])]
     for task in tasks:
         if task.note:
             print(task.note)
+        if task.told:
+            print(f"{task.prompt.path}: the model is told {task.told}")
     output.mkdir(parents=True, exist_ok=True)
     for job in jobs:
         samples, seconds = _generate(model, job, config, max_length)
@@ -111,6 +118,7 @@ def _generate(model: MeloFormer, job: Job, config: GenerateConfig, max_length: i
             config.batch_size,
             max_length,
             progress,
+            config.guidance,
         )
     return samples, time.perf_counter() - started
 
@@ -155,6 +163,7 @@ def _record(job: Job, samples: list[Sample], changes: list[Counter], seconds: fl
         "settings": config.to_dict(),
         "prompt": None if job.task is None else str(job.task.prompt.path),
         "note": "" if job.task is None else job.task.note,
+        "told": "" if job.task is None else job.task.told,
         "seconds": round(seconds, 2),
         "tokens_per_second": round(tokens / seconds, 1),
         "notes_per_second": round(notes / seconds, 1),
@@ -202,7 +211,22 @@ def read_request(config: GenerateConfig) -> Request:
             raise UserError(f"--time_signature is {config.time_signature!r}, must be like 4/4 or 6/8")
         meter = (int(numerator), int(denominator))
     instruments = None if config.instruments is None else [parse_instrument(word) for word in config.instruments]
-    return Request(config.bars, meter, config.tempo, instruments)
+    return Request(config.bars, meter, config.tempo, instruments, steering=read_steering(config))
+
+
+def read_steering(config: GenerateConfig) -> Steering:
+    """The conditions of the flags."""
+    return Steering(
+        key=config.key,
+        chords=config.chords,
+        chord_bars=config.chord_bars,
+        density=config.density,
+        bar_density=config.bar_density,
+        tag=config.tag,
+        parts=tuple(parse_parts(config.track or [])),
+        begin=config.begin,
+        end=config.end,
+    )
 
 
 def read_sampling(config: GenerateConfig) -> Sampling:
@@ -240,14 +264,14 @@ def read_prompts(config: GenerateConfig) -> list[str]:
     return lines
 
 
-def plan(config: GenerateConfig, prompt: Prompt, max_length: int) -> Task:
+def plan(config: GenerateConfig, prompt: Prompt, steering: Steering, max_length: int) -> Task:
     """The task of the flags on one prompt."""
     if config.continue_bars is not None:
-        return continuation(prompt, config.continue_bars, max_length, config.prompt_bars)
+        return continuation(prompt, config.continue_bars, max_length, config.prompt_bars, steering)
     if config.rewrite is not None:
-        return rewriting(prompt, find_cells(prompt, parse_rewrite(config.rewrite)), max_length)
+        return rewriting(prompt, find_cells(prompt, parse_rewrite(config.rewrite)), max_length, steering)
     instruments = [parse_instrument(word) for word in config.add_instruments or []]
-    return accompaniment(prompt, instruments, max_length, config.prompt_bars)
+    return accompaniment(prompt, instruments, max_length, config.prompt_bars, steering)
 
 
 def _names(config: GenerateConfig, paths: list[str]) -> list[list[str]]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from meloformer.errors import UserError
+from meloformer.generation.guidance import GuidedSession, begin_guided, require_conditions
 from meloformer.generation.on_device import DIVERGED, write_on_device
 from meloformer.generation.request import ConstrainedState, Request
 from meloformer.generation.sampling import Sampling, choose
@@ -51,23 +52,31 @@ def generate(
     batch_size: int = 8,
     max_length: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    guidance: float = 1.0,
 ) -> list[Sample]:
     """`num_samples` pieces, `batch_size` at once.
 
     max_length: tokens a piece at most, default the longest stream the model was trained on. progress is called after
-    each step with how many tokens and how many bars of parts it has written. UserError where the request cannot be
-    honoured.
+    each step with how many tokens and how many bars of parts it has written. guidance: above 1, the conditions weigh
+    more (`generation.guidance`), for twice the work. UserError where the request cannot be honoured, by anyone or by a
+    model that was trained without a condition that it names.
     """
     sampling = sampling or Sampling()
     max_length = max_length or model.max_seq_len
-    start = ConstrainedState(model.vocabulary, request, max_length)
+    request.steering.require_known(model.conditions)
+    start = ConstrainedState(model.vocabulary, request, max_length, model.tags)
     prompt = np.array(start.forced_prefix())
     # Every sample begins alike: what they share is read once, and each batch branches off it.
-    session = DecodingSession(model, 1, max_length, max_length // SEGMENT_LENGTH + 1)
-    row = make_row([prompt], model.vocabulary, len(prompt), max_segments=1 + len(prompt) // SEGMENT_LENGTH)
-    logits = session.prefill(stack_rows([row]))
+    room = max_length, max_length // SEGMENT_LENGTH + 1
+    if guidance == 1:
+        session = DecodingSession(model, 1, *room)
+        row = make_row([prompt], model.vocabulary, len(prompt), max_segments=1 + len(prompt) // SEGMENT_LENGTH)
+        logits = session.prefill(stack_rows([row]))
+    else:
+        require_conditions(request, model.vocabulary)
+        session, logits = begin_guided(model, prompt, *room, guidance)
     tokenizer = Tokenizer(model.vocabulary)
-    write = write_on_device if stays_on_device(model.device, request) else _write
+    write = write_on_device if guidance == 1 and stays_on_device(model.device, request) else _write
     samples = []
     for first in range(0, num_samples, batch_size):
         indices = list(range(first, min(first + batch_size, num_samples)))
@@ -85,7 +94,7 @@ def stays_on_device(device: torch.device, request: Request) -> bool:
 
 
 def _write(
-    root: DecodingSession,
+    root: DecodingSession | GuidedSession,
     start: ConstrainedState,
     logits: Tensor,
     seeds: list[tuple[int, int]],

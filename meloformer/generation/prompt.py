@@ -10,7 +10,8 @@ bar), and their FILLs are generated; `accompaniment` lets new tracks follow the 
 the context is read through a window: its last bars, or bars round the chosen cells. `Task.note` says so.
 
 The surprise: what is masked is not shown to the model at all, so a rewritten bar owes nothing to the old one but the
-music around it.
+music around it, and to its piece's key, chords, densities and roles where the model was trained with them: those are
+derived from the whole file, as they are in training, unless others are asked for.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ import numpy as np
 from meloformer.errors import UserError
 from meloformer.generation.engine import Sample
 from meloformer.generation.request import TRACK_LENGTH, Request
+from meloformer.generation.steering import FREE, Frame, Steering, in_words, prompt_rows
 from meloformer.hid import Annotations, Family, Tokenizer, Vocabulary
+from meloformer.hid.conditions import derive, insert
 from meloformer.hid.quantize import round_half_up
 from meloformer.hid.tokenizer import canonical_order, note_rows, reorder_tracks
 from meloformer.midi.general_midi import parse_instrument
@@ -39,14 +42,17 @@ ROOM = 1.25
 
 
 class Prompt:
-    """A MIDI file as the model reads it; UserError where it cannot be read or has no notes.
+    """A MIDI file as the model reads it; UserError where it cannot be read or has no notes. conditions: names of those
+    that are derived from it for the model; tags: names of the model's tags.
 
     `source`: the file; `score`: its quantized music, tracks in the encoder's order; `track_of[i]`: which track of
     `source.score`, so of the file, track i of `score` is.
     """
 
-    def __init__(self, path: str | Path, vocabulary: Vocabulary):
-        self.path, self.vocabulary = path, vocabulary
+    def __init__(
+        self, path: str | Path, vocabulary: Vocabulary, conditions: Sequence[str] = (), tags: Sequence[str] = ()
+    ):
+        self.path, self.vocabulary, self.tags = path, vocabulary, tags
         self.tokenizer = Tokenizer(vocabulary)
         self.source = MidiSource(path)
         if not self.source.score.num_notes:
@@ -56,6 +62,7 @@ class Prompt:
         order = canonical_order(score)
         self.track_of = [number[id(score.tracks[i])] for i in order]
         self.score = reorder_tracks(score, order)
+        self.derived = derive(self.score).rows(vocabulary, conditions)
 
     @property
     def num_bars(self) -> int:
@@ -98,15 +105,22 @@ class Prompt:
         return chosen
 
     def stream(
-        self, first: int, last: int, masked: frozenset[tuple[int, int]] = frozenset()
+        self,
+        first: int,
+        last: int,
+        masked: frozenset[tuple[int, int]] = frozenset(),
+        steering: Steering = FREE,
+        adds_parts: bool = False,
     ) -> tuple[np.ndarray, list[int]]:
         """The head of a stream, all tracks of the bars [first, last), and which tracks of `score` it holds.
 
         `masked`: (track, bar) cells that hold a MASK; a bar beyond the piece's end has the last meter and tempo. Tracks
-        that are silent there and have no such cell are left out.
+        that are silent there and have no such cell are left out. Conditions are those of `steering`, its chords laid
+        over the masked bars (all bars, if none is), and beside it what is derived from the score.
         """
         v, score = self.vocabulary, self.score
-        marks = [v.PIECE_BEGIN] * (first == 0) + [v.PIECE_END] * (last == score.num_bars)
+        ends = last == score.num_bars if steering.end is None else steering.end
+        marks = [v.PIECE_BEGIN] * (first == 0 and steering.begin is not False) + [v.PIECE_END] * ends
         tokens = self.tokenizer.encode(_window(score, first, last), order="given")
         kind = v.family_of[tokens]
         instruments = np.flatnonzero(kind == Family.INSTRUMENT)
@@ -124,7 +138,10 @@ class Prompt:
             head, *bars = np.split(piece, np.flatnonzero(piece == v.BAR))
             bars += [np.array([v.BAR])] * (max(chosen, default=-1) + 1 - len(bars))
             parts += [head, *([v.BAR, v.MASK] if bar in chosen else cell for bar, cell in enumerate(bars))]
-        return np.concatenate(parts).astype(np.uint16), tracks
+        bars = [bar for _, bar in masked] or [first, last - 1]
+        frame = Frame(first, last, min(bars), max(bars) + 1, tracks, adds_parts)
+        rows = prompt_rows(self.derived, score, frame, steering.controls(v, self.tags))
+        return insert(np.concatenate(parts).astype(np.uint16), rows, v), tracks
 
 
 def _window(score: Score, first: int, last: int) -> Score:
@@ -160,6 +177,11 @@ class Task:
     note: str = ""
 
     @property
+    def told(self) -> str:
+        """The conditions that the model reads before it writes, in words."""
+        return in_words(self.request.given, self.prompt.vocabulary, self.prompt.tags)
+
+    @property
     def instruments(self) -> list[int]:
         """New parts, in the order in which they are written."""
         return self.request.ordered_instruments()
@@ -192,7 +214,9 @@ class Task:
 # --- the tasks ----------------------------------------------------------------------------------------------------
 
 
-def continuation(prompt: Prompt, bars: int, max_length: int, prompt_bars: int | None = None) -> Task:
+def continuation(
+    prompt: Prompt, bars: int, max_length: int, prompt_bars: int | None = None, steering: Steering = FREE
+) -> Task:
     """`bars` more bars of every track, behind the last bar; the model reads the last `prompt_bars`, or all that fit."""
     end = prompt.num_bars + bars
     masked = frozenset(product(range(len(prompt.score.tracks)), range(prompt.num_bars, end)))
@@ -202,12 +226,12 @@ def continuation(prompt: Prompt, bars: int, max_length: int, prompt_bars: int | 
         return prompt.num_bars - size, end
 
     what = f"a bar of it and {bars} new ones of {len(prompt.score.tracks)} tracks"
-    size = _largest(prompt, window, 1, wanted, masked, [], max_length, what, "ask for fewer --continue_bars")
+    size = _largest(prompt, window, 1, wanted, masked, [], steering, max_length, what, "ask for fewer --continue_bars")
     note = f"reads its last {size} of {prompt.num_bars} bars" if size < wanted else ""
-    return _task(prompt, *window(size), masked, [], note, max_length)
+    return _task(prompt, *window(size), masked, [], steering, note, max_length)
 
 
-def rewriting(prompt: Prompt, cells: frozenset[tuple[int, int]], max_length: int) -> Task:
+def rewriting(prompt: Prompt, cells: frozenset[tuple[int, int]], max_length: int, steering: Steering = FREE) -> Task:
     """The (track, bar) cells of `prompt.score` anew; the model reads as many bars on both sides as fit."""
     bars = [bar for _, bar in cells]
     low, high = min(bars), max(bars) + 1
@@ -217,14 +241,20 @@ def rewriting(prompt: Prompt, cells: frozenset[tuple[int, int]], max_length: int
 
     wanted = max(low, prompt.num_bars - high)
     what = f"bars {low + 1}-{high} of all its tracks"
-    size = _largest(prompt, window, 0, wanted, cells, [], max_length, what, "rewrite fewer bars at a time")
+    size = _largest(prompt, window, 0, wanted, cells, [], steering, max_length, what, "rewrite fewer bars at a time")
     first, last = window(size)
     note = f"reads bars {first + 1}-{last} of {prompt.num_bars}" if size < wanted else ""
-    return _task(prompt, first, last, cells, [], note, max_length)
+    return _task(prompt, first, last, cells, [], steering, note, max_length)
 
 
-def accompaniment(prompt: Prompt, instruments: Sequence[int], max_length: int, prompt_bars: int | None = None) -> Task:
-    """New parts beside the given ones, in the last `prompt_bars`, or in the whole piece."""
+def accompaniment(
+    prompt: Prompt,
+    instruments: Sequence[int],
+    max_length: int,
+    prompt_bars: int | None = None,
+    steering: Steering = FREE,
+) -> Task:
+    """New parts beside the given ones, in the last `prompt_bars`, or the whole piece; the steering's parts are they."""
     wanted = min(prompt_bars or prompt.num_bars, prompt.num_bars)
 
     def window(size: int) -> tuple[int, int]:
@@ -232,8 +262,8 @@ def accompaniment(prompt: Prompt, instruments: Sequence[int], max_length: int, p
 
     what = f"{wanted} bars of it and {len(instruments)} new parts"
     remedy = "give the last bars alone a new part with --prompt_bars"
-    _largest(prompt, window, wanted, wanted, frozenset(), instruments, max_length, what, remedy)
-    return _task(prompt, *window(wanted), frozenset(), list(instruments), "", max_length)
+    _largest(prompt, window, wanted, wanted, frozenset(), instruments, steering, max_length, what, remedy)
+    return _task(prompt, *window(wanted), frozenset(), list(instruments), steering, "", max_length)
 
 
 def _largest(
@@ -243,6 +273,7 @@ def _largest(
     largest: int,
     masked: frozenset[tuple[int, int]],
     instruments: Sequence[int],
+    steering: Steering,
     max_length: int,
     what: str,
     remedy: str,
@@ -251,7 +282,7 @@ def _largest(
 
     def length(size: int) -> int:
         first, last = window(size)
-        tokens, _ = prompt.stream(first, last, masked)
+        tokens, _ = prompt.stream(first, last, masked, steering, bool(instruments))
         cells = len(masked) + (last - first) * len(instruments)
         return len(tokens) + len(instruments) * TRACK_LENGTH + math.ceil(ROOM * prompt.tokens_per_cell() * cells) + 1
 
@@ -274,13 +305,17 @@ def _task(
     last: int,
     masked: frozenset[tuple[int, int]],
     instruments: list[int],
+    steering: Steering,
     note: str,
     max_length: int,
 ) -> Task:
-    tokens, tracks = prompt.stream(first, last, masked)
+    if steering.begin and first > 0:
+        raise UserError(f"begin: the model reads {prompt.path} from bar {first + 1} on; leave it out")
+    tokens, tracks = prompt.stream(first, last, masked, steering, bool(instruments))
     cells = len(masked) + (last - first) * len(instruments)
     note = f"{prompt.path}: the model {note}, which is what fits into {max_length} tokens" if note else ""
-    request = Request(instruments=instruments or None, given=tokens)
+    parts = Steering(parts=steering.parts) if instruments else FREE
+    request = Request(instruments=instruments or None, given=tokens, steering=parts)
     end_bar = max(last, prompt.num_bars)
     return Task(
         prompt, request, first, end_bar, tracks, cells, frozenset(c for c in masked if c[1] < prompt.num_bars), note

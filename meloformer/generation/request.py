@@ -9,21 +9,26 @@ sampled under it is a valid stream that honours the request.
 >>> " ".join(state.vocabulary.name(token) for token in forced)
 'BOS PIECE_BEGIN CONDUCTOR BAR METER_3/4 TEMPO_90 BAR INSTRUMENT_33 BAR'
 
+`steering` adds conditions: each is forced where it belongs, and none comes from the logits.
+
 With `given`, the beginning of a stream, the rest is written behind it: `instruments` are new parts then, and every
 MASK of the given tracks gets its FILL, which may stay empty.
 
 The surprise: requested instruments are written in the encoder's order as far as it is known before a note is: drums,
-then basses, then the others as they were given.
+then basses, then the others as they were given. And a bar that is given a chord keeps the meter and tempo in force: a
+model never learns what a chord follows, so it cannot be asked whether a change should come first.
 """
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from meloformer.errors import UserError
+from meloformer.generation.steering import FREE, Steering
 from meloformer.hid.grammar import Region, StreamState, TokenAnnotation
 from meloformer.hid.tokenizer import BASS_PROGRAMS
 from meloformer.hid.vocabulary import MAX_BPM, MIN_BPM, Family, Vocabulary
@@ -33,7 +38,7 @@ TRACK_LENGTH = 6  # INSTRUMENT BAR T P L V: the shortest a part can be
 # The longest step that owes more than it writes is a T after a whole note: 1 token that owes 3 more. A BAR after a
 # whole note owes 4, an INSTRUMENT that was not asked for 5.
 LONGEST_STEP = 6
-_HEAD_LENGTH = 7  # BOS PIECE_BEGIN CONDUCTOR BAR METER TEMPO ... EOS
+_HEAD_LENGTH = 6  # BOS ... CONDUCTOR BAR METER TEMPO ... EOS
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,8 +46,9 @@ class Request:
     """What the piece must be; None leaves it to the model.
 
     bars: of the piece; meter (numerator, denominator) and tempo (BPM): from its beginning to its end; instruments:
-    the parts, 0..127 or DRUMS, repeats allowed. given: (T,) tokens, the head of a stream up to the end of a track;
-    then nothing but `instruments` is asked for, the parts to write behind it (None: no part).
+    the parts, 0..127 or DRUMS, repeats allowed (None, and the steering describes parts: those). given: (T,) tokens, the
+    head of a stream up to the end of a track, its conditions included; then nothing but `instruments` is asked for, the
+    parts to write behind it (None: no part), and of the steering nothing but parts.
     """
 
     bars: int | None = None
@@ -50,6 +56,7 @@ class Request:
     tempo: int | None = None
     instruments: list[int] | None = None
     given: np.ndarray | None = None
+    steering: Steering = FREE
 
     def validate(self, vocabulary: Vocabulary) -> None:
         """UserError where no stream can honour it."""
@@ -69,29 +76,42 @@ class Request:
             raise UserError("instruments is empty: name at least one, or leave it out")
         if self.given is not None and (self.bars or self.meter or self.tempo):
             raise UserError("bars, meter and tempo are those of the given music: leave them out")
+        if self.given is not None and replace(self.steering, parts=()) != FREE:
+            raise UserError("conditions of the piece and its bars stand in the given music: leave them out")
 
     def ordered_instruments(self) -> list[int] | None:
         """Drums, then basses, then the others as given."""
-        if self.instruments is None:
-            return None if self.given is None else []
-        rank = {i: 0 if i == DRUMS else 1 if i in BASS_PROGRAMS else 2 for i in self.instruments}
-        return sorted(self.instruments, key=rank.__getitem__)
+        instruments = self.instruments
+        if instruments is None:
+            instruments = [part.instrument for part in self.steering.parts]
+            if not instruments:
+                return None if self.given is None else []
+        rank = {i: 0 if i == DRUMS else 1 if i in BASS_PROGRAMS else 2 for i in instruments}
+        return sorted(instruments, key=rank.__getitem__)
 
 
 class ConstrainedState:
     """A stream under a request; see the module's docstring.
 
     max_length counts all tokens, EOS too. Where the limit comes near, only tokens remain that leave room to close the
-    piece properly; `hit_limit` tells that it did.
+    piece properly; `hit_limit` tells that it did. tags: names of the model's tags.
     """
 
-    def __init__(self, vocabulary: Vocabulary, request: Request, max_length: int):
+    def __init__(self, vocabulary: Vocabulary, request: Request, max_length: int, tags: Sequence[str] = ()):
         request.validate(vocabulary)
         self.vocabulary, self.request, self.max_length = vocabulary, request, max_length
         self.state = StreamState(vocabulary)
         self.tokens: list[int] = []
         self.hit_limit = False
         self.instruments = request.ordered_instruments()
+        self.controls = request.steering.controls(vocabulary, tags)
+        self.parts = self.controls.parts_of(self.instruments or [])  # conditions of each part that is asked for
+        self._forced: list[int] = []  # what comes next, whatever the logits are
+        if request.bars is not None:
+            self.controls.require_bars(request.bars)
+        if request.meter is not None:
+            self.controls.require_meter(request.meter[0])
+        self.least_bars = request.bars or max(self.controls.num_bars, 1)
         # Conditions come from the request, never from the logits; a T of the conductor would begin a chord.
         self._never = np.zeros(vocabulary.size, dtype=bool)
         self._never[vocabulary.start(Family.PIECE_BEGIN) :] = True
@@ -110,13 +130,15 @@ class ConstrainedState:
         self._check_room()
 
     def _check_room(self) -> None:
-        parts, bars = len(self.instruments or [0] * (self.request.given is None)), self.request.bars or 1
+        parts = len(self.instruments or [0] * (self.request.given is None))
         if self.request.given is None:
-            needed, what = _HEAD_LENGTH + bars, f"{bars} bars of {parts} instruments"
+            bars = self.least_bars
+            needed = _HEAD_LENGTH + len(self.controls.head) + bars + self.controls.tokens_in_bars(0, bars)
+            what = f"{bars} bars of {parts} instruments"
         else:
             fills = len(self.state.masks)
             needed, what = len(self.tokens) + fills + 1, f"the given music, {fills} bars in it and {parts} new parts"
-        needed += TRACK_LENGTH * parts
+        needed += TRACK_LENGTH * parts + sum(map(len, self.parts))
         if self.max_length < needed:
             raise UserError(
                 f"max_length is {self.max_length}, and {what} need at least {needed} tokens: raise it or ask for less"
@@ -136,7 +158,24 @@ class ConstrainedState:
         """Take a token that `allowed()` holds."""
         annotation = self.state.push_unchecked(token)
         self.tokens.append(token)
+        self._forced = self._forced[1:] or self._conditions_behind(Family(annotation.type))
         return annotation
+
+    def _conditions_behind(self, family: Family) -> list[int]:
+        """What is said once a token of this family has been taken."""
+        state, controls = self.state, self.controls
+        if family == Family.BOS:
+            return list(controls.head)
+        if family == Family.INSTRUMENT:
+            number = state.track - self.given_tracks
+            return list(self.parts[number]) if self.instruments else []
+        if state.region != Region.CONDUCTOR:
+            return []
+        if family == Family.BAR:  # the first bar's chords wait for its meter and tempo
+            return controls.bar(state.bar, state.bar_length) if state.bar else controls.density_in(0)
+        if family == Family.TEMPO and state.bar == 0:
+            return controls.chords_of(0, state.bar_length)
+        return []
 
     def forced_prefix(self) -> list[int]:
         """Take every token that leaves no choice; all tokens so far, what was given included."""
@@ -149,9 +188,11 @@ class ConstrainedState:
 
     def allowed(self) -> np.ndarray:
         """(V,) bool, never empty before the stream is finished."""
-        v, state = self.vocabulary, self.state
-        if state.region == Region.STREAM and state.family == Family.BOS:
-            return self._only(v.PIECE_BEGIN)
+        state = self.state
+        if self._forced:
+            mask = np.zeros(self.vocabulary.size, dtype=bool)
+            mask[self._forced[0]] = True
+            return mask
         mask = state.allowed(masks=False)
         mask &= ~self._never
         if self.request.given is not None and len(state.instruments) == self.given_tracks and not state.fills:
@@ -160,11 +201,6 @@ class ConstrainedState:
             self._constrain_conductor(mask)
         self._constrain_tracks(mask)
         self._constrain_length(mask)
-        return mask
-
-    def _only(self, token: int) -> np.ndarray:
-        mask = np.zeros(self.vocabulary.size, dtype=bool)
-        mask[token] = True
         return mask
 
     def _constrain_conductor(self, mask: np.ndarray) -> None:
@@ -178,10 +214,12 @@ class ConstrainedState:
                 may = mask[token]
                 mask[v.ids(family)] = False
                 mask[token] = may
+        if self.controls.splits_bars:
+            mask[v.ids(Family.METER)] &= np.array([numerator % 2 == 0 for numerator, _ in v.meters])
         mask[v.EOS] = False  # a piece has at least one part
-        if request.bars is not None and state.num_bars:
-            more = state.num_bars < request.bars
-            mask[v.BAR] &= more
+        if state.num_bars:
+            more = state.num_bars < self.least_bars
+            mask[v.BAR] &= more or request.bars is None
             mask[v.ids(Family.INSTRUMENT)] &= not more
 
     def _constrain_tracks(self, mask: np.ndarray) -> None:
@@ -202,9 +240,14 @@ class ConstrainedState:
         parts_owed = len(self.instruments) - written if self.instruments is not None else 0
         if self.instruments is None and not state.instruments:
             parts_owed = 1
-        bars_owed = max((self.request.bars or 1) - state.num_bars, 0)
-        owed = state.closing_length() + TRACK_LENGTH * parts_owed + bars_owed
-        if len(self.tokens) + owed + LONGEST_STEP <= self.max_length:
+        owed = state.closing_length() + TRACK_LENGTH * parts_owed + sum(map(len, self.parts[written:]))
+        if self.request.given is None and state.region <= Region.CONDUCTOR:
+            begun = state.num_bars
+            owed += max(self.least_bars - begun, 0) + self.controls.tokens_in_bars(begun, max(self.least_bars, begun))
+            if state.tempo < 0 and begun:
+                owed += len(self.controls.chords_of(0, 2))
+        # A BAR of the conductor owes its conditions too.
+        if len(self.tokens) + owed + LONGEST_STEP + self.controls.most_in_a_bar <= self.max_length:
             return
         closing = self._closing_choices(mask)
         if closing is not None:

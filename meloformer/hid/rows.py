@@ -9,12 +9,13 @@ shape (N,), SEGMENT_FIELDS of shape (M,). `stack_rows` makes a batch (B, N), (B,
 ([0, 0, 0, 0, 0, 0, -1, -1], True)
 
 The surprise: `segment` and `onset` are numbered through the row, `position`, `track`, `bar` and `time` within a
-document. A target of -1 carries no loss: padding, what follows EOS, MASK, and conditions, which are given.
+document. A target of -1 carries no loss: padding, what follows EOS, MASK, and conditions, which are given unless
+they are named in `predicted`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -30,22 +31,34 @@ _GIVEN = np.zeros(len(Family), dtype=bool)  # families that are never predicted
 _GIVEN[[Family.PAD, Family.BOS, Family.MASK, *range(Family.PIECE_BEGIN, len(Family))]] = True
 
 
-def next_tokens(tokens: np.ndarray, annotations: Annotations) -> np.ndarray:
+def next_tokens(
+    tokens: np.ndarray, annotations: Annotations, predicted: Collection[Family] = frozenset()
+) -> np.ndarray:
     """(T,) int32 target at each position: the next token, or NO_TARGET where it is given and not predicted.
 
-    A T of the conductor belongs to the chord behind it and is given with it.
+    `predicted`: families of conditions that the model is to write itself. A T of the conductor belongs to the chord
+    behind it and is given, or predicted, with it.
     """
     kind = annotations.type
-    given = _GIVEN[kind] | ((kind == Family.TIME) & (annotations.track < 0))
+    given = _GIVEN.copy()
+    given[list(predicted)] = False
+    given = given[kind] | ((kind == Family.TIME) & (annotations.track < 0) & (Family.CHORD not in predicted))
     targets = np.full(len(tokens), NO_TARGET, dtype=np.int32)
     targets[:-1] = np.where(given[1:], NO_TARGET, tokens[1:].astype(np.int32))
     return targets
 
 
 def make_row(
-    documents: Sequence[np.ndarray], vocabulary: Vocabulary, max_seq_len: int, max_segments: int
+    documents: Sequence[np.ndarray],
+    vocabulary: Vocabulary,
+    max_seq_len: int,
+    max_segments: int,
+    predicted: Collection[Family] = frozenset(),
 ) -> dict[str, np.ndarray]:
-    """One row; ValueError where the documents do not fit. An empty list gives a row of padding."""
+    """One row; ValueError where the documents do not fit. An empty list gives a row of padding.
+
+    `predicted`: see `next_tokens`.
+    """
     row = {name: np.full(max_seq_len, -1, dtype=np.int32) for name in TOKEN_FIELDS}
     row.update({name: np.full(max_segments, -1, dtype=np.int32) for name in SEGMENT_FIELDS})
     row["tokens"][:] = vocabulary.PAD
@@ -64,7 +77,7 @@ def make_row(
             )
         here = slice(start, stop)
         row["tokens"][here] = tokens
-        row["targets"][here] = next_tokens(tokens, annotations)
+        row["targets"][here] = next_tokens(tokens, annotations, predicted)
         row["document"][here] = number
         row["position"][here] = np.arange(len(tokens))
         for name, values in annotations._asdict().items():

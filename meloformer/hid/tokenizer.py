@@ -28,6 +28,7 @@ from typing import NamedTuple
 import numpy as np
 
 from meloformer.hid.annotate import Annotations, annotate
+from meloformer.hid.controls import insert
 from meloformer.hid.deferral import defer, undefer
 from meloformer.hid.grammar import validate
 from meloformer.hid.quantize import quantize
@@ -49,14 +50,15 @@ BASS_MEAN_PITCH = 45
 CHORDAL_POLYPHONY = 1.5
 
 
-def canonical_order(score: Score) -> np.ndarray:
+def canonical_order(score: Score, polyphony: np.ndarray | None = None) -> np.ndarray:
     """(tracks,) indices in the order of `encode`: drums, bass, chordal, the rest; then program, then as given.
 
     Bass is a bass program or a mean pitch below 45; chordal is a mean polyphony of at least 1.5 while sounding.
     """
     notes, bounds = score.columns, track_bounds(score)
     sizes = bounds[1:] - bounds[:-1]
-    polyphony = _polyphony(notes.onset, notes.duration, bounds).tolist()
+    if polyphony is None:
+        polyphony = _polyphony(notes.onset, notes.duration, bounds)
     pitch_sums = _sums(notes.pitch, bounds).tolist() if len(sizes) else []
     sizes = sizes.tolist()
     keys = []
@@ -146,6 +148,7 @@ class Encoding(NamedTuple):
     num_track_bars: int  # BAR tokens of the tracks
     onset_in_bar: np.ndarray  # (notes,)
     segment_first: np.ndarray  # (M,) each segment's first note
+    polyphony: np.ndarray | None = None  # (tracks,) see mean_polyphony
 
 
 class Tokenizer:
@@ -174,15 +177,21 @@ class Tokenizer:
         if order not in ("canonical", "given"):
             raise ValueError(f'order is {order!r}, must be "canonical" or "given"')
         score = self.quantize(score)
+        notes = score.columns
+        polyphony = _polyphony(notes.onset, notes.duration, track_bounds(score))
         if order == "canonical":
-            score = reorder_tracks(score, canonical_order(score))
+            new_order = canonical_order(score, polyphony)
+            score, polyphony = reorder_tracks(score, new_order), polyphony[new_order]
         lines = score.bar_lines()
         v = self.vocabulary
         head = np.concatenate([[v.BOS, v.CONDUCTOR], self._conductor(score, lines)])
         encoding = self._tracks(score, lines, head)
         if score.controls:
-            return encoding._replace(tokens=self._insert_controls(encoding.tokens, score.controls))
-        return encoding
+            try:
+                encoding = encoding._replace(tokens=insert(encoding.tokens, score.controls, v))
+            except ValueError as error:
+                raise MidiError(f"a score's control cannot be written: {error}") from None
+        return encoding._replace(polyphony=polyphony)
 
     def _conductor(self, score: Score, lines: np.ndarray) -> np.ndarray:
         """BAR, then the meter and the tempo that begin there."""
@@ -252,27 +261,6 @@ class Tokenizer:
         durations = self.vocabulary.durations
         index = np.searchsorted(durations, np.arange(durations[-1] + 1))
         return (index + self.vocabulary.start(Family.DURATION)).astype(np.uint16)
-
-    def _insert_controls(self, tokens: np.ndarray, controls: list[Control]) -> np.ndarray:
-        """Each control behind the token it belongs to; chords, with their T, at the end of their conductor bar."""
-        v = self.vocabulary
-        a = annotate(tokens, v)
-        places, inserted = [], []
-        for control in sorted(controls):
-            if control.onset >= 0:  # the last token of that bar of the conductor
-                position = np.flatnonzero((a.track < 0) & (a.bar == control.bar))[-1]
-                inserted += [v.time(control.onset), control.token]
-                places += [position + 1, position + 1]
-                continue
-            head = {-1: Family.BOS if control.track < 0 else Family.INSTRUMENT}.get(control.bar, Family.BAR)
-            at = np.flatnonzero((a.track == control.track) & (a.bar == control.bar) & (a.type == head))
-            if not len(at):
-                raise MidiError(
-                    f"{v.name(control.token)} belongs to bar {control.bar} of a track that does not reach it"
-                )
-            inserted.append(control.token)
-            places.append(at[0] + 1)
-        return np.insert(tokens, places, np.array(inserted, dtype=tokens.dtype))
 
     # --- decode ------------------------------------------------------------------------------------------------
 

@@ -123,6 +123,7 @@ class MeloFormer(nn.Module):
     """The model of one config and one vocabulary; float32 parameters, initialised from torch's global generator.
 
     max_seq_len: tokens of the longest stream it is trained on. Nothing breaks beyond it, but nothing was learnt there.
+    conditions: names (of `hid.controls.CONDITIONS`) of what it was told of its pieces; tags: names of TAG 0, 1, ...
     """
 
     def __init__(self, config: ModelConfig, vocabulary: Vocabulary, max_seq_len: int = 24576):
@@ -130,6 +131,8 @@ class MeloFormer(nn.Module):
         config.validate()
         self.config, self.vocabulary, self.max_seq_len = config, vocabulary, max_seq_len
         self.static_shapes = False  # every batch must look the same to torch.compile
+        self.conditions: list[str] = []
+        self.tags: list[str] = []
         self.gradient_checkpointing = False  # keep only what enters each layer, and compute the rest twice
         self.rule = AttentionRule(config)
         self.rotary = Rotary(config.d_model // config.n_head, config.rotary_axes, vocabulary.resolution)
@@ -335,6 +338,8 @@ class MeloFormer(nn.Module):
             "model": self.config.to_dict(),
             "vocabulary": self.vocabulary.to_dict(),
             "max_seq_len": self.max_seq_len,
+            "conditions": self.conditions,
+            "tags": self.tags,
         }
         write_atomic(folder / CONFIG, json.dumps(about, indent=1).encode())
 
@@ -354,6 +359,7 @@ class MeloFormer(nn.Module):
             )
         config = ModelConfig.from_dict(about["model"], f"{folder / CONFIG}: model")
         model = cls(config, saved, about["max_seq_len"])
+        model.conditions, model.tags = about.get("conditions", []), about.get("tags", [])
         try:
             model.load_state_dict(load_tensors((folder / WEIGHTS).read_bytes()))
         except (OSError, SafetensorError, RuntimeError) as error:

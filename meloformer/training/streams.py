@@ -65,7 +65,10 @@ class Streams(Family):
     # --- model ------------------------------------------------------------------------------------------------
 
     def build(self) -> MeloFormer:
-        return MeloFormer(self.config.model, self.corpus.vocabulary, self.config.data.max_seq_len)
+        model = MeloFormer(self.config.model, self.corpus.vocabulary, self.config.data.max_seq_len)
+        model.tags = self.corpus.tags
+        model.conditions = self.config.data.given_conditions() if self.corpus.has_conditions else []
+        return model
 
     def open_pretrained(self, path: str) -> MeloFormer:
         return MeloFormer.from_pretrained(path, self.corpus.vocabulary)

@@ -37,9 +37,11 @@ def test_a_file_shows_its_tracks_and_what_the_grid_would_lose(tmp_path):
     write_midi(Score(480, [Track(40, name="Fiddle\x07"), Track(0, True)], note_table(notes)), tmp_path / "a.mid")
     text = describe_file(tmp_path / "a.mid", 24)
     assert words(text, str(tmp_path))[1:7] == ["5", "notes,", "3", "bars,", "34", "tokens,"]
-    assert words(text, "0 ") == ["0", "Fiddle?", "40", "Violin", "2", "3", "60-64"]
-    assert words(text, "1    ") == ["1", "drums", "1", "2", "36-36"]
+    assert words(text, "0 ") == ["0", "Fiddle?", "40", "Violin", "2", "3", "60-64", "melody", "1", "1"]
+    assert words(text, "1    ") == ["1", "drums", "1", "2", "36-36", "drums", "1"]
     assert words(text, "1  durations cut")[0] == "1"
+    assert words(text, "key")[-4:] == ["density", "1", "of", "10"]
+    assert words(text, "chords")[:5] == ["chords,", "by", "bar", "|", "1:"]
 
 
 def test_a_corpus_in_numbers(corpus):
@@ -49,6 +51,7 @@ def test_a_corpus_in_numbers(corpus):
     assert words(text, "Acoustic Grand Piano")[3:5] == ["0", "12"]
     assert words(text, "tracks")[1:] == ["5"] * 8
     assert "2 shards" in text and "checksums right" in text
+    assert words(text, "conditions")[1:] == ["derived;", "tags:", "none"]
 
 
 def test_a_piece_as_the_model_sees_it(corpus, tmp_path):

@@ -13,7 +13,7 @@ from meloformer.hid.rows import SEGMENT_FIELDS, TOKEN_FIELDS
 
 @pytest.fixture(scope="module")
 def plan(corpus):
-    plan = RowPlan(corpus, DataConfig(data_dir=str(corpus.path), max_seq_len=720, validation_fraction=0.2))
+    plan = RowPlan(corpus, DataConfig(data_dir=str(corpus.path), max_seq_len=700, validation_fraction=0.2))
     assert plan.num_rows % 4, "the last step should be uneven"
     return plan
 
@@ -36,7 +36,7 @@ def test_shapes_are_the_same_in_every_batch(plan):
         assert len(step.micro_batches) == 2
         for batch, documents in zip(step.micro_batches, step.documents, strict=True):
             assert set(batch) == {*TOKEN_FIELDS, *SEGMENT_FIELDS} and len(documents) == 2
-            assert all(batch[name].shape == (2, 720) for name in TOKEN_FIELDS)
+            assert all(batch[name].shape == (2, 700) for name in TOKEN_FIELDS)
             assert all(batch[name].shape == (2, plan.data.max_segments) for name in SEGMENT_FIELDS)
             for row, origin in zip(batch["document"], documents):
                 assert row.max() + 1 == len(origin)

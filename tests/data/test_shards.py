@@ -63,6 +63,11 @@ def test_the_safetensors_library_reads_a_shard(tmp_path):
         "change_offsets": "int64",
         "change_rule": "uint8",
         "change_count": "uint32",
+        "condition_offsets": "int64",
+        "condition_token": "uint16",
+        "condition_track": "uint16",
+        "condition_bar": "uint16",
+        "condition_onset": "uint16",
     }
 
 
@@ -144,7 +149,7 @@ def test_what_is_wrong_with_a_folder_is_said(copy, tmp_path):
     expect("shard-00000.safetensors: has .* bytes")
     meta = json.loads((copy / "meta.json").read_text())
     (copy / "meta.json").write_text(json.dumps({**meta, "format": 99}))
-    expect("format 99, this code reads 2; preprocess")
+    expect("format 99, this code reads 3; preprocess")
     (copy / "meta.json").write_text(json.dumps({**meta, "vocabulary": {**meta["vocabulary"], "hash": "0" * 16}}))
     expect("vocabulary hash 0000000000000000 is not this code's")
     (copy / "meta.json").write_text("{")

@@ -11,10 +11,20 @@ import numpy as np
 import pytest
 import torch
 
-from meloformer.hid import Family
+from meloformer.hid import Family, Tokenizer
+from meloformer.hid.conditions import derive, insert
 from meloformer.model import masks
+from tests.data.music import make_score
 from tests.hid.streams import VOCABULARY
-from tests.model.music import another_tail, batch_of, real_streams, rich_stream, tiny_model, with_deferred_bars
+from tests.model.music import (
+    another_tail,
+    batch_of,
+    first_bars,
+    real_streams,
+    rich_stream,
+    tiny_model,
+    with_deferred_bars,
+)
 
 BYSTANDER = rich_stream(0, 100)
 
@@ -83,6 +93,18 @@ def test_on_real_pieces_with_deferred_bars(real_midi):
     model, rng = tiny_model(), np.random.default_rng(2)
     for tokens in real_streams(real_midi, 2):
         assert assert_no_leak(model, with_deferred_bars(tokens, rng), rng, 10) > 3
+
+
+def test_on_pieces_with_their_conditions():
+    """Chords and densities of the conductor speak of later bars, as a musician does: given, they are no leak."""
+    model, rng = tiny_model(), np.random.default_rng(3)
+    tokenizer = Tokenizer(VOCABULARY)
+    for seed in range(2):
+        score = first_bars(tokenizer.quantize(make_score(seed)), 3)
+        tokens = insert(tokenizer.encode(score, "given"), derive(score, tag=2).rows(VOCABULARY), VOCABULARY)
+        assert len(tokens) < 700
+        assert assert_no_leak(model, tokens, rng, 12) > 3
+        assert assert_no_leak(model, with_deferred_bars(tokens, rng), rng, 6) > 1
 
 
 def test_a_summary_that_is_read_too_early_is_caught(monkeypatch):

@@ -1,0 +1,458 @@
+"""What a musician asks for stands in the stream, in its place, and every sample stays a valid piece."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from meloformer.config import GenerateConfig
+from meloformer.errors import UserError
+from meloformer.generation import Part, Request, Sampling, Steering, generate
+from meloformer.generation.command import read_request, run
+from meloformer.generation.guidance import begin_guided, without_conditions
+from meloformer.generation.prompt import Prompt, accompaniment, continuation, rewriting
+from meloformer.generation.request import ConstrainedState
+from meloformer.generation.steering import parse_parts
+from meloformer.hid import Annotations, Family, Tokenizer
+from meloformer.hid.conditions import parse_chord, parse_key
+from meloformer.hid.controls import CONDITIONS
+from meloformer.midi import DRUMS, Score, Track, note_table, write_midi
+from tests.hid.streams import VOCABULARY
+from tests.model.music import tiny_model
+
+TOKENIZER = Tokenizer(VOCABULARY)
+TAGS = ["jazz", "rock"]
+
+
+def steerable(**config):
+    model = tiny_model(**config)
+    model.conditions, model.tags = list(CONDITIONS), TAGS
+    return model
+
+
+parts = st.lists(
+    st.builds(
+        Part,
+        instrument=st.sampled_from([0, 0, 48]),
+        role=st.none() | st.sampled_from(["melody", "chords", "pad"]),
+        density=st.none() | st.integers(1, 10),
+        polyphony=st.none() | st.integers(1, 6),
+    )
+    | st.builds(Part, instrument=st.just(DRUMS), role=st.none() | st.just("drums"), density=st.none() | st.just(9)),
+    max_size=3,
+)
+steerings = st.builds(
+    Steering,
+    key=st.none() | st.sampled_from(["A minor", "Bb", "F# major"]),
+    chords=st.none() | st.lists(st.sampled_from(["Am", "F", "C7", "Gsus4", "none"]), min_size=1, max_size=5),
+    chord_bars=st.sampled_from([0.5, 1, 1.5, 2]),
+    density=st.none() | st.integers(1, 10),
+    bar_density=st.none() | st.lists(st.integers(0, 7), min_size=1, max_size=4),
+    tag=st.none() | st.sampled_from(TAGS),
+    parts=parts,
+    begin=st.none() | st.booleans(),
+    end=st.none() | st.booleans(),
+)
+
+
+def expected_chords(steering: Steering, bars: int) -> list[tuple[int, int, int]]:
+    """(bar, half, chord) of each change: the slow way, half bar by half bar."""
+    each, out, last = round(2 * steering.chord_bars), [], None
+    for half in range(2 * bars):
+        chord = parse_chord(steering.chords[half // each % len(steering.chords)])
+        if chord != last:
+            out.append((*divmod(half, 2), chord))
+        last = chord
+    return out
+
+
+def check_piece(score: Score, steering: Steering) -> None:
+    """The controls of a decoded piece are those that were asked for, no more, no fewer."""
+    v, lines = VOCABULARY, score.bar_lines()
+    wanted = [v.PIECE_BEGIN] * (steering.begin is not False) + [v.PIECE_END] * (steering.end is True)
+    if steering.key is not None:
+        wanted.append(v.token(Family.KEY, parse_key(steering.key)))
+    if steering.tag is not None:
+        wanted.append(v.token(Family.TAG, TAGS.index(steering.tag)))
+    if steering.density is not None:
+        wanted.append(v.token(Family.DENSITY, steering.density - 1))
+    assert sorted(wanted) == [c.token for c in score.controls if c.track < 0 and c.bar < 0]
+    densities = [v.value_of[c.token] for c in score.controls if v.family_of[c.token] == Family.BAR_DENSITY]
+    given = steering.bar_density or []
+    assert densities == [given[bar % len(given)] for bar in range(score.num_bars if given else 0)]
+    chords = [c for c in score.controls if v.family_of[c.token] == Family.CHORD]
+    wanted = expected_chords(steering, score.num_bars) if steering.chords else []
+    halves = [
+        (c.bar, c.onset and 2 * c.onset // (lines[c.bar + 1] - lines[c.bar]), v.value_of[c.token]) for c in chords
+    ]
+    assert halves == wanted
+    for c in chords:
+        assert c.onset in (0, (lines[c.bar + 1] - lines[c.bar]) / 2)
+    described = sorted((part.instrument, sorted(part.tokens(v))) for part in steering.parts if steering.parts)
+    tracks = [
+        (int(i), sorted(c.token for c in score.controls if c.track == k)) for k, i in enumerate(score.instruments)
+    ]
+    for part in described:
+        tracks.remove(part)
+    assert not any(tokens for _, tokens in tracks)
+
+
+@given(
+    steerings,
+    st.none() | st.integers(1, 9),
+    st.none() | st.sampled_from([(4, 4), (6, 8), (2, 2)]),
+    st.none() | st.lists(st.sampled_from([0, 33, 48, DRUMS]), min_size=1, max_size=3),
+    st.integers(0, 60),
+    st.integers(0, 2**32 - 1),
+)
+@settings(max_examples=200, deadline=None)
+def test_any_choice_among_the_allowed_tokens_holds_what_was_asked_for(steering, bars, meter, instruments, spare, seed):
+    """The worst model there is, with limits down to the shortest piece there can be."""
+    controls = steering.controls(VOCABULARY, TAGS)
+    if instruments is not None:
+        instruments = instruments + [part.instrument for part in steering.parts]
+    if bars is not None:
+        bars = max(bars, controls.num_bars)
+    request = Request(bars, meter, 90, instruments, steering=steering)
+    least = bars or max(controls.num_bars, 1)
+    shortest = 6 + len(controls.head) + least + controls.tokens_in_bars(0, least)
+    shortest += 6 * max(len(request.ordered_instruments() or []), 1) + sum(
+        len(p.tokens(VOCABULARY)) for p in steering.parts
+    )
+    with pytest.raises(UserError, match="need at least"):
+        ConstrainedState(VOCABULARY, request, shortest - 1, TAGS)
+    state = ConstrainedState(VOCABULARY, request, shortest + spare, TAGS)
+    rng = np.random.default_rng(seed)
+    while not state.is_finished:
+        token = int(rng.choice(np.flatnonzero(state.allowed())))
+        state.push(token)
+    assert len(state.tokens) <= shortest + spare
+    score = TOKENIZER.decode(np.array(state.tokens))
+    check_piece(score, steering)
+    if bars is not None:
+        assert score.num_bars == bars
+    if instruments is not None:
+        assert sorted(score.instruments.tolist()) == sorted(instruments)
+
+
+def test_what_is_owed_to_later_parts_is_kept_free():
+    """Eighteen tokens of conditions are more than the reserve that would hide their being forgotten."""
+    parts = [Part(instrument, "melody", 3, 2) for instrument in range(40, 46)]
+    request = Request(1, (4, 4), 90, steering=Steering(parts=parts))
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        state = ConstrainedState(VOCABULARY, request, 63 + 8)
+        while not state.is_finished:
+            state.push(int(rng.choice(np.flatnonzero(state.allowed()))))
+        assert len(state.tokens) <= 63 + 8 and len(state.state.instruments) == 6
+
+
+def test_chords_stand_where_they_change_and_begin_again():
+    steering = Steering(chords="Am F | C, C", chord_bars=0.5)
+    state = ConstrainedState(VOCABULARY, Request(3, (4, 4), 90, [33], steering=steering), 300)
+    text = TOKENIZER.text(np.array(state.forced_prefix()))
+    first = "T_0 CHORD_A_min T_48 CHORD_F_maj BAR T_0 CHORD_C_maj BAR T_0 CHORD_A_min T_48 CHORD_F_maj INSTRUMENT_33"
+    assert text == f"BOS PIECE_BEGIN CONDUCTOR BAR METER_4/4 TEMPO_90 {first} BAR"
+    # without a number of bars there are at least as many as the progression takes
+    state = ConstrainedState(VOCABULARY, Request(meter=(4, 4), tempo=90, steering=Steering(chords="Am F C")), 300)
+    assert TOKENIZER.text(np.array(state.forced_prefix())).count("BAR") == 3
+    # half bars of an odd meter are no place for a chord, so a model that may choose the meter chooses an even one
+    state = ConstrainedState(VOCABULARY, Request(4, steering=steering), 300)
+    state.forced_prefix()
+    assert {VOCABULARY.meters[VOCABULARY.value_of[t]][0] % 2 for t in np.flatnonzero(state.allowed())} == {0}
+
+
+def test_parts_are_found_by_their_instruments():
+    described = parse_parts(["program=violin,density=4", "program=33", "role=bass", "program=violin,polyphony=2"])
+    request = Request(1, (4, 4), 90, [40, 33, 40, DRUMS], steering=Steering(parts=described))
+    state = ConstrainedState(VOCABULARY, request, 300)
+    assert [TOKENIZER.text(np.array(tokens)) for tokens in state.parts] == [
+        *("", "ROLE_bass", "DENSITY_4", "POLYPHONY_2"),
+    ]
+    alone = Request(1, steering=Steering(parts=described))
+    assert alone.ordered_instruments() == [33, 40, 40]
+
+
+@pytest.mark.parametrize(
+    ("steering", "message"),
+    [
+        ({"key": "H minor"}, "key 'H minor'"),
+        ({"chords": "Am Xm"}, "chord 'Xm'"),
+        ({"chords": " "}, "chords is empty"),
+        ({"chords": "A B C D E"}, "chords has 5, and there are 4 bars"),
+        ({"chords": "A B C", "chord_bars": 2}, "chords has 3 of 2 bars each, and there are 4 bars"),
+        ({"chords": "A B", "chord_bars": 0.3}, "chord_bars is 0.3, must be a multiple of 0.5"),
+        (
+            {"chords": "A B", "chord_bars": 0.5, "meter": (3, 4)},
+            "chord_bars is 0.5, which splits bars",
+        ),
+        ({"bar_density": [1, 2, 3, 4, 5]}, "bar_density has 5 numbers for 4 bars"),
+        ({"bar_density": [8]}, "bar_density is 8, must be from 0 to 7"),
+        ({"density": 11}, "density is 11, must be from 1 to 10"),
+        ({"tag": "polka"}, "tag 'polka': the model knows jazz, rock"),
+        ({"parts": [Part(40)]}, "a track of Violin is described"),
+        ({"parts": [Part(33), Part(33)]}, "a track of Electric Bass"),
+        ({"parts": [Part(33, role="melody")]}, "its role is always 'bass'"),
+        ({"parts": [Part(DRUMS, role="bass")]}, "its role is always 'drums'"),
+        ({"parts": [Part(0, role="drums")]}, "that of drums alone"),
+        ({"parts": [Part(DRUMS, polyphony=2)]}, "asked of pitched tracks alone"),
+        ({"parts": [Part(0, density=0)]}, "density is 0, must be from 1 to 10"),
+        ({"parts": [Part(0, role="singer")]}, "role 'singer'"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_one_line(steering, message):
+    steering = dict(steering)
+    request = Request(4, steering.pop("meter", None), instruments=[0, 33, DRUMS], steering=Steering(**steering))
+    with pytest.raises(UserError, match=message) as caught:
+        ConstrainedState(VOCABULARY, request, 500, TAGS)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_is_asked_only_for_what_it_was_trained_with():
+    model = tiny_model()
+    model.conditions, model.tags = ["key"], []
+    with pytest.raises(UserError, match="chords: the model was trained without it and knows key"):
+        generate(model, Request(2, steering=Steering(key="C", chords="C")), max_length=100)
+    model.conditions = []
+    with pytest.raises(UserError, match="role: the model was trained without it and knows no condition"):
+        generate(model, Request(2, steering=Steering(parts=[Part(0, role="pad")])), max_length=100)
+    generate(model, Request(1, instruments=[0], steering=Steering(end=True)), max_length=40)
+
+
+def test_untrained_models_keep_to_random_conditions():
+    rng = np.random.default_rng(0)
+    model = steerable()
+    for trial in range(6):
+        steering = Steering(
+            key="D minor" if rng.random() < 0.5 else None,
+            chords=["Dm", "Bb", "F", "C"] if rng.random() < 0.5 else None,
+            density=int(rng.integers(1, 11)) if rng.random() < 0.5 else None,
+            tag="rock" if rng.random() < 0.5 else None,
+            parts=[Part(33, "bass", 3)] if rng.random() < 0.5 else [],
+            begin=bool(rng.random() < 0.5),
+            end=bool(rng.random() < 0.5),
+        )
+        guidance = 1.0 if not steering.names() else float(rng.choice([1.0, 2.5]))
+        request = Request(4, instruments=[33, 0], steering=steering)
+        for sample in generate(model, request, 2, seed=trial, max_length=160, batch_size=2, guidance=guidance):
+            check_piece(sample.score, steering)
+            assert sample.score == TOKENIZER.decode(sample.tokens)
+
+
+# --- guidance -------------------------------------------------------------------------------------------------------
+
+FULL = Steering(key="A minor", chords="Am F", density=5, bar_density=[3, 4], parts=[Part(33, density=2)], end=True)
+
+
+def test_guided_logits_are_the_formula_over_two_full_passes():
+    """Token by token: conditions that come in the middle of the stream are read by one of its two copies alone."""
+    model = steerable()
+    (sample,) = generate(
+        model, Request(instruments=[33, 0], steering=FULL), max_length=170, sampling=Sampling(top_p=1.0)
+    )
+    tokens = sample.tokens
+    annotations = TOKENIZER.annotate(tokens)
+    given, v = model.logits(tokens), VOCABULARY
+    plain = without_conditions(tokens, v)
+    TOKENIZER.validate(plain)
+    assert len(plain) < len(tokens) and TOKENIZER.text(plain).startswith(
+        "BOS PIECE_BEGIN PIECE_END CONDUCTOR BAR METER"
+    )
+    free = model.logits(plain)
+    start = 4
+    session, logits = begin_guided(model, tokens[:start], 200, 40, guidance=3.0)
+    for end in range(start, len(tokens) + 1):
+        kept = len(without_conditions(tokens[:end], v))
+        expected = free[kept - 1] + 3.0 * (given[end - 1] - free[kept - 1])
+        # behind a T of the conductor the copy without conditions waits in front of it
+        torch.testing.assert_close(logits[0], expected, atol=5e-4, rtol=0)
+        if end < len(tokens):
+            logits = session.step(tokens[end : end + 1], Annotations(*(field[end : end + 1] for field in annotations)))
+
+
+def test_guidance_of_one_is_none_and_of_zero_forgets_the_conditions():
+    model = steerable().double()
+    request = Request(2, (4, 4), 90, [33], steering=Steering(key="A minor", chords="Am F"))
+    plain = Request(2, (4, 4), 90, [33])
+
+    def greedy(request, **settings):
+        (sample,) = generate(model, request, sampling=Sampling(temperature=0), max_length=70, **settings)
+        return sample.tokens
+
+    steered, free = greedy(request), greedy(plain)
+    prompt = np.array(ConstrainedState(VOCABULARY, request, 70).forced_prefix())
+    one = begin_guided(model, prompt, 70, 15, 1.0)[1][0]
+    torch.testing.assert_close(one, model.logits(prompt)[-1].float(), atol=1e-5, rtol=0)
+    forgotten = greedy(request, guidance=0.0)
+    # the same music as without conditions, up to where the limit of length is nearer for the longer stream
+    music = without_conditions(forgotten, VOCABULARY)[:40]
+    assert music.tolist() == free[:40].tolist() != without_conditions(steered, VOCABULARY)[:40].tolist()
+    with pytest.raises(UserError, match="guidance needs a condition"):
+        generate(model, plain, guidance=2.0, max_length=70)
+
+
+def test_guided_samples_do_not_depend_on_their_batch_mates():
+    model = steerable().double()
+    request = Request(2, instruments=[DRUMS, 33], steering=Steering(key="E minor", chords="Em D", density=7))
+    pieces = {
+        size: [s.tokens.tolist() for s in generate(model, request, 4, None, 7, size, 75, guidance=2.0)]
+        for size in (1, 3, 4)
+    }
+    assert pieces[1] == pieces[3] == pieces[4]
+    assert len({tuple(piece) for piece in pieces[1]}) == 4
+    assert pieces[1] != [s.tokens.tolist() for s in generate(model, request, 4, None, 7, 4, 75)]
+
+
+# --- prompts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def song(tmp_path):
+    """Six bars, C F G C C G in whole notes, a bass and drums below."""
+    roots = [0, 5, 7, 0, 0, 7]
+    rows = [(0, 96 * bar, 96, 60 + root + step, 80) for bar, root in enumerate(roots) for step in (0, 4, 7)]
+    rows += [(1, 96 * bar + 48 * half, 40, 36 + root, 90) for bar, root in enumerate(roots) for half in (0, 1)]
+    rows += [(2, 24 * beat, 6, 42, 90) for beat in range(24)]
+    score = Score(24, [Track(48), Track(33), Track(0, True)], note_table(rows))
+    write_midi(score, tmp_path / "song.mid")
+    return tmp_path / "song.mid"
+
+
+def text_of(task) -> str:
+    return TOKENIZER.text(task.request.given)
+
+
+def test_a_prompt_is_told_by_what_it_is(song):
+    prompt = Prompt(song, VOCABULARY, list(CONDITIONS), TAGS)
+    whole = rewriting(prompt, frozenset({(1, 2)}), 900)
+    text = text_of(whole)
+    assert text.startswith("BOS PIECE_BEGIN PIECE_END KEY_C_major DENSITY_")
+    chords = [word for word in text.split() if word.startswith("CHORD")]
+    assert chords == [f"CHORD_{root}_maj" for root in ("C", "F", "G", "C", "G")]
+    assert "INSTRUMENT_DRUMS ROLE_drums DENSITY" in text and "INSTRUMENT_48 ROLE_pad DENSITY" in text
+    assert "BAR_DENSITY" not in text
+    assert whole.told.startswith("C major, density ") and whole.told.endswith(", 5 chords, 3 roles")
+    # the bars to come have no chords yet, so none are said; the end is not where it was
+    text = text_of(continuation(prompt, 2, 900, 3))
+    assert text.startswith("BOS KEY_C_major DENSITY_") and "CHORD" not in text and "ROLE_bass" in text
+    # a piece with one part more has another density
+    text = text_of(accompaniment(prompt, [0], 900))
+    assert text.startswith("BOS PIECE_BEGIN PIECE_END KEY_C_major CONDUCTOR") and "CHORD_F_maj" in text
+    # a model that knows nothing is told nothing
+    text = text_of(rewriting(Prompt(song, VOCABULARY), frozenset({(1, 2)}), 900))
+    assert text.startswith("BOS PIECE_BEGIN PIECE_END CONDUCTOR BAR METER_4/4 TEMPO_120 BAR BAR BAR BAR BAR INSTR")
+
+
+def test_what_is_asked_for_takes_the_place_of_what_is_derived(song):
+    prompt = Prompt(song, VOCABULARY, list(CONDITIONS), TAGS)
+    steering = Steering(key="A minor", chords="Am Dm", tag="jazz", end=True, parts=[Part(33, density=9)])
+    text = text_of(continuation(prompt, 3, 900, 2, steering))
+    assert text.startswith("BOS PIECE_END KEY_A_minor TAG_0 DENSITY_")
+    head = text.split(" INSTRUMENT")[0]
+    assert head.endswith(
+        "BAR METER_4/4 TEMPO_120 T_0 CHORD_C_maj BAR T_0 CHORD_G_maj "
+        "BAR T_0 CHORD_A_min BAR T_0 CHORD_D_min BAR T_0 CHORD_A_min"
+    )
+    assert "INSTRUMENT_33 ROLE_bass DENSITY_9 POLYPHONY_1 BAR" in text
+    # a chord that only goes on is not said again
+    text = text_of(continuation(prompt, 2, 900, 1, Steering(chords="G C")))
+    assert "T_0 CHORD_G_maj BAR BAR T_0 CHORD_C_maj INSTRUMENT" in text
+    # over rewritten bars, and behind them what was there goes on
+    steering = Steering(chords="Am Dm", bar_density=[7], begin=False, end=False)
+    text = text_of(rewriting(prompt, frozenset({(0, 2), (1, 3)}), 900, steering))
+    assert text.startswith("BOS KEY_C_major DENSITY_")
+    assert [word for word in text.split() if word.startswith("CHORD")] == [
+        *("CHORD_C_maj", "CHORD_F_maj", "CHORD_A_min", "CHORD_D_min", "CHORD_C_maj", "CHORD_G_maj"),
+    ]
+    densities = [word for word in text.split() if word.startswith("BAR_")]
+    assert len(densities) == 6 and densities[2:4] == ["BAR_DENSITY_7"] * 2 != densities[:2]
+    # new parts are described in the request, not in what is given
+    task = accompaniment(prompt, [33, 0], 900, steering=Steering(parts=[Part(33, density=2)]))
+    state = ConstrainedState(VOCABULARY, task.request, 900)
+    assert [TOKENIZER.text(np.array(tokens)) for tokens in state.parts] == ["DENSITY_2", ""]
+    with pytest.raises(UserError, match="chords has 3, and there are 2 bars"):
+        continuation(prompt, 2, 900, None, Steering(chords="Am F C"))
+    with pytest.raises(UserError, match=r"begin: the model reads .* from bar 5 on"):
+        continuation(prompt, 2, 900, 2, Steering(begin=True))
+    assert text_of(continuation(prompt, 2, 900, None, Steering(begin=True))).startswith("BOS PIECE_BEGIN KEY")
+    with pytest.raises(UserError, match="a track of Violin is described"):
+        continuation(prompt, 2, 900, 2, Steering(parts=[Part(40, density=2)]))
+
+
+def test_every_task_with_random_conditions_writes_valid_streams(song, tmp_path):
+    model, rng = steerable(), np.random.default_rng(1)
+    for trial in range(9):
+        known = [name for name in CONDITIONS if rng.random() < 0.6]
+        prompt = Prompt(song, VOCABULARY, known, TAGS)
+        steering = Steering(
+            key="A minor" if rng.random() < 0.5 else None,
+            chords="Am" if rng.random() < 0.5 else None,
+            bar_density=[int(rng.integers(8))] if rng.random() < 0.5 else None,
+            density=4 if rng.random() < 0.3 else None,
+            end=[None, True, False][rng.integers(3)],
+        )
+        cells = frozenset({(int(rng.integers(3)), int(rng.integers(6)))})
+        task = (
+            continuation(prompt, 1, 900, 3, steering),
+            rewriting(prompt, cells, 900, steering),
+            accompaniment(prompt, [0], 900, 2, steering),
+        )[trial % 3]
+        guided = len(without_conditions(task.request.given, VOCABULARY)) < len(task.request.given)
+        (sample,) = generate(model, task.request, seed=trial, max_length=900, guidance=1.5 if guided else 1)
+        TOKENIZER.validate(sample.tokens)
+        task.write(sample, tmp_path / "out.mid")
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def test_flags_become_conditions(tmp_path):
+    flags = GenerateConfig(
+        checkpoint="x",
+        output="y",
+        key="A minor",
+        chords="Am F",
+        density=4,
+        tag="rock",
+        end=True,
+        track=["program=33,role=bass,density=4", "program=drums"],
+    )
+    flags.validate()
+    steering = read_request(flags).steering
+    assert steering.names() == ["key", "chords", "tag", "density", "role"]
+    assert steering.parts == (Part(33, "bass", 4), Part(DRUMS)) and steering.end and steering.begin is None
+    for settings_, message in (
+        ({"track": ["role=bass"]}, "--track is 'role=bass', must be like"),
+        ({"track": ["program=33,density=few"]}, "must be like"),
+        ({"track": ["program=33,density=2,density=3"]}, "density is given twice"),
+        ({"chord_bars": 2.0}, "--chord_bars is how long each of --chords lasts"),
+        ({"derive": False}, "--no-derive needs a MIDI file"),
+        ({"guidance": -1.0}, "guidance is -1.0, must be at least 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            flags = GenerateConfig(checkpoint="x", output="y", **settings_)
+            flags.validate()
+            read_request(flags)
+
+
+def test_the_command_steers_and_reports(song, tmp_path, capsys):
+    model = steerable()
+    model.save_pretrained(tmp_path / "checkpoint")
+    known = {"checkpoint": str(tmp_path / "checkpoint"), "output": str(tmp_path / "out"), "device": "cpu"}
+    run(GenerateConfig(**known, num_samples=2, bars=2, chords="Am F", key="Am", guidance=2.0, max_length=120))
+    run(GenerateConfig(**known, num_samples=1, prompt=str(song), continue_bars=1, chords="Am", max_length=700))
+    first, second = json.loads((tmp_path / "out" / "generation.json").read_text())["runs"]
+    assert first["settings"]["chords"] == "Am F" and first["settings"]["guidance"] == 2.0
+    assert len(first["samples"]) == 2 and second["prompt"] == str(song)
+    assert (
+        second["told"].startswith("C major, density")
+        and f"the model is told {second['told']}" in capsys.readouterr().out
+    )
+    with pytest.raises(UserError, match="tag 'polka': the model knows jazz, rock"):
+        run(GenerateConfig(**known, seed=5, tag="polka"))
+    assert len(list((tmp_path / "out").glob("*.mid"))) == 3
