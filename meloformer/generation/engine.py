@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from meloformer.errors import UserError
-from meloformer.generation.guidance import GuidedSession, begin_guided, require_conditions
+from meloformer.generation.guidance import GuidedSession, begin_guided, has_conditions
 from meloformer.generation.request import ConstrainedState, Request
 from meloformer.generation.sampling import Sampling, choose
 from meloformer.hid import Annotations, Tokenizer
@@ -69,7 +69,10 @@ def generate(
         row = make_row([prompt], model.vocabulary, len(prompt), max_segments=1 + len(prompt) // SEGMENT_LENGTH)
         logits = session.prefill(stack_rows([row])).cpu().numpy()
     else:
-        require_conditions(request, model.vocabulary)
+        if not has_conditions(request, model.vocabulary):
+            raise UserError(
+                "guidance needs a condition to go by, such as --key, --chords or --density; give one, or leave it out"
+            )
         session, logits = begin_guided(model, prompt, *room, guidance)
         logits = logits.cpu().numpy()
     tokenizer = Tokenizer(model.vocabulary)
