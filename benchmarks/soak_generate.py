@@ -25,7 +25,7 @@ from miditoolkit import MidiFile
 from meloformer.config import ModelConfig
 from meloformer.errors import UserError
 from meloformer.generation import Part, Request, Sample, Sampling, Steering, generate
-from meloformer.generation.guidance import without_conditions
+from meloformer.generation.guidance import has_conditions
 from meloformer.generation.prompt import Prompt, Task, accompaniment, continuation, rewriting
 from meloformer.hid import Family, Tokenizer, Vocabulary
 from meloformer.hid.controls import CONDITIONS
@@ -189,8 +189,7 @@ def main() -> None:
                     done["too_long"] += 1
                     continue
             request = random_request(rng, model.conditions) if task is None else task.request
-            told = [] if task is None else request.given
-            steered = bool(request.steering.names()) or len(told) > len(without_conditions(told, model.vocabulary))
+            steered = has_conditions(request, model.vocabulary)
             guidance = float(rng.choice([1.0, 2.0])) if steered else 1.0
             sampling, count = random_sampling(rng), min(int(rng.integers(1, 9)), options.samples - done["samples"])
             samples = generate(model, request, count, sampling, seed, 4, options.max_length, guidance=guidance)

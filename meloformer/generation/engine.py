@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from meloformer.errors import UserError
-from meloformer.generation.guidance import GuidedSession, begin_guided, require_conditions
+from meloformer.generation.guidance import GuidedSession, begin_guided, has_conditions
 from meloformer.generation.on_device import DIVERGED, write_on_device
 from meloformer.generation.request import ConstrainedState, Request
 from meloformer.generation.sampling import Sampling, choose
@@ -73,7 +73,10 @@ def generate(
         row = make_row([prompt], model.vocabulary, len(prompt), max_segments=1 + len(prompt) // SEGMENT_LENGTH)
         logits = session.prefill(stack_rows([row]))
     else:
-        require_conditions(request, model.vocabulary)
+        if not has_conditions(request, model.vocabulary):
+            raise UserError(
+                "guidance needs a condition to go by, such as --key, --chords or --density; give one, or leave it out"
+            )
         session, logits = begin_guided(model, prompt, *room, guidance)
     tokenizer = Tokenizer(model.vocabulary)
     write = write_on_device if guidance == 1 and stays_on_device(model.device, request) else _write

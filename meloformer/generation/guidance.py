@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from meloformer.errors import UserError
 from meloformer.generation.request import Request
 from meloformer.hid import Annotations, Family, Vocabulary
 from meloformer.hid.rows import make_row, stack_rows
@@ -46,13 +45,10 @@ def without_conditions(tokens: np.ndarray, vocabulary: Vocabulary) -> np.ndarray
     return tokens[~is_condition(kind, np.where(in_tracks, 0, -1))]
 
 
-def require_conditions(request: Request, vocabulary: Vocabulary) -> None:
-    """UserError where nothing is given that could be guided by."""
+def has_conditions(request: Request, vocabulary: Vocabulary) -> bool:
+    """Whether anything is given that could be guided by."""
     given = np.array([] if request.given is None else request.given, dtype=np.int64)
-    if not request.steering.names() and len(without_conditions(given, vocabulary)) == len(given):
-        raise UserError(
-            "guidance needs a condition to go by, such as --key, --chords or --density; give one, or leave it out"
-        )
+    return bool(request.steering.names()) or len(without_conditions(given, vocabulary)) < len(given)
 
 
 def begin_guided(
