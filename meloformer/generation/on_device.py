@@ -46,7 +46,9 @@ class DeviceBatch:
         self.session = StaticSession(session, len(seeds), len(stream.history) - stream.used)
         self.sampling, self.first = sampling, len(start.tokens)
         left = max(start.max_length - self.first, 1)
-        self.uniform = torch.from_numpy(np.stack([np.random.default_rng(seed).random(left) for seed in seeds])).to(device)
+        self.uniform = torch.from_numpy(np.stack([np.random.default_rng(seed).random(left) for seed in seeds])).to(
+            device
+        )
         self.logits = logits.repeat(len(seeds), 1)
         self.bars = torch.zeros((), dtype=torch.int64, device=device)
         self.is_bad = torch.zeros((), dtype=torch.bool, device=device)
