@@ -262,7 +262,7 @@ class DecodingSession:
         self.streams = kept
 
     def branch(self, rows: Sequence[int]) -> DecodingSession:
-        """A session that goes on with these streams, in this order; this one stays as it is. What is read they share."""
+        """A session that goes on with these streams, in this order; this one stays as it is. Nothing is copied."""
         twin = copy.copy(self)
         twin.streams = [self.streams[row].branch() for row in rows]
         return twin
