@@ -112,7 +112,7 @@ def write_on_device(
         for _ in range(CHUNK):
             if step is None:
                 batch.step()
-                step = captured(batch.step)
+                step = captured(batch.step, batch.logits.device)
             else:
                 step()
         state, now = batch.state, batch.session
@@ -142,9 +142,9 @@ def write_on_device(
     return [written[i] for i in range(len(seeds))]
 
 
-def captured(step: Callable[[], None]) -> Callable[[], None]:
+def captured(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """On CUDA a graph of `step`, which has run once and leaves its results in place; elsewhere `step`."""
-    if not torch.cuda.is_available():
+    if device.type != "cuda":
         return step
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -262,7 +262,7 @@ class DecodingSession:
         self.streams = kept
 
     def branch(self, rows: Sequence[int]) -> DecodingSession:
-        """A session that goes on with these streams, in this order; this one stays as it is. Nothing is copied."""
+        """A session that goes on with these streams, in this order; this one stays as it is."""
         twin = copy.copy(self)
         twin.streams = [self.streams[row].branch() for row in rows]
         return twin
