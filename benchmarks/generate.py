@@ -96,7 +96,7 @@ def tensors(model: MeloFormer, tokens: np.ndarray, batch_size: int, room: int) -
     batch.session.width = batch.session.span // 4
     with torch.inference_mode():
         batch.step()
-        play = captured(batch.step)
+        play = captured(batch.step, model.device)
 
     @torch.inference_mode()
     def step() -> None:

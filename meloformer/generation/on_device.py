@@ -46,7 +46,9 @@ class DeviceBatch:
         self.session = StaticSession(session, len(seeds), len(stream.history) - stream.used)
         self.sampling, self.first = sampling, len(start.tokens)
         left = max(start.max_length - self.first, 1)
-        self.uniform = torch.from_numpy(np.stack([np.random.default_rng(seed).random(left) for seed in seeds])).to(device)
+        self.uniform = torch.from_numpy(np.stack([np.random.default_rng(seed).random(left) for seed in seeds])).to(
+            device
+        )
         self.logits = logits.repeat(len(seeds), 1)
         self.bars = torch.zeros((), dtype=torch.int64, device=device)
         self.is_bad = torch.zeros((), dtype=torch.bool, device=device)
@@ -110,7 +112,7 @@ def write_on_device(
         for _ in range(CHUNK):
             if step is None:
                 batch.step()
-                step = captured(batch.step)
+                step = captured(batch.step, batch.logits.device)
             else:
                 step()
         state, now = batch.state, batch.session
@@ -140,9 +142,9 @@ def write_on_device(
     return [written[i] for i in range(len(seeds))]
 
 
-def captured(step: Callable[[], None]) -> Callable[[], None]:
+def captured(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """On CUDA a graph of `step`, which has run once and leaves its results in place; elsewhere `step`."""
-    if not torch.cuda.is_available():
+    if device.type != "cuda":
         return step
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -42,9 +42,15 @@ class TensorState:
     def __init__(self, start: ConstrainedState, batch_size: int, device: torch.device | str = "cpu"):
         state, v, request = start.state, start.vocabulary, start.request
         if state.region not in (Region.CONDUCTOR, Region.TRACK, Region.FILL) or not covers(request):
-            raise ValueError("a TensorState begins inside the conductor or behind a track, for a request that it covers")
+            raise ValueError(
+                "a TensorState begins inside the conductor or behind a track, for a request that it covers"
+            )
         self.vocabulary, self.max_length, self.device = v, start.max_length, torch.device(device)
-        self.num_masks, self.given_tracks, self.has_given = len(state.masks), start.given_tracks, request.given is not None
+        self.num_masks, self.given_tracks, self.has_given = (
+            len(state.masks),
+            start.given_tracks,
+            request.given is not None,
+        )
         self.bars = request.bars
 
         def table(values, dtype=torch.int64) -> Tensor:
@@ -156,7 +162,9 @@ class TensorState:
         is_set = self.tempo >= 0
         is_between = after[Family.VELOCITY] | after[Family.MASK] | after[Family.FILL]
         owed = 1 + self.num_masks - self.fills
-        owed = owed + in_conductor * (3 * after[Family.CONDUCTOR] + ~after[Family.CONDUCTOR] * ~is_set * (2 - after[Family.METER].long()))
+        owed = owed + in_conductor * (
+            3 * after[Family.CONDUCTOR] + ~after[Family.CONDUCTOR] * ~is_set * (2 - after[Family.METER].long())
+        )
         notes = 3 * after[Family.TIME] + 2 * after[Family.PITCH] + after[Family.DURATION].long()
         empty = in_track & ~is_between & (notes == 0)  # an empty BAR owes one note
         owed = owed + in_part * notes + empty * (4 + (self.bar < 0).long())
@@ -202,9 +210,13 @@ class TensorState:
         new = {f: family == f for f in Family}
         goes_on = ~new[Family.PAD]
         in_conductor = self.region == Region.CONDUCTOR
-        self.tokens.scatter_(1, self.length[:, None].clamp(max=self.max_length - 1), torch.where(
-            goes_on, tokens, self.tokens.gather(1, self.length[:, None].clamp(max=self.max_length - 1))[:, 0]
-        )[:, None])
+        self.tokens.scatter_(
+            1,
+            self.length[:, None].clamp(max=self.max_length - 1),
+            torch.where(
+                goes_on, tokens, self.tokens.gather(1, self.length[:, None].clamp(max=self.max_length - 1))[:, 0]
+            )[:, None],
+        )
 
         # A new part, a fill, the end.
         part, fill, end = new[Family.INSTRUMENT], new[Family.FILL], new[Family.EOS]
@@ -219,7 +231,9 @@ class TensorState:
         self.bar.copy_(bar)
         instrument = torch.where(part, value, torch.where(fill, cell[:, 2], self.instrument))
         self.instrument.copy_(torch.where(end, -1, instrument))
-        self.ordinal.copy_(torch.where(end, -1, torch.where(part, ordinal, torch.where(fill, cell[:, 3], self.ordinal))))
+        self.ordinal.copy_(
+            torch.where(end, -1, torch.where(part, ordinal, torch.where(fill, cell[:, 3], self.ordinal)))
+        )
         self.num_tracks += part
         self.fills += fill
         region = torch.where(part, int(Region.TRACK), torch.where(fill, int(Region.FILL), self.region))
@@ -232,7 +246,9 @@ class TensorState:
         self.bar_length.copy_(torch.where(new[Family.METER], self.bar_ticks_of[tokens], self.bar_length))
         last = self.num_bars[:, None].clamp(min=1)
         line = self.bar_lines.gather(1, last - 1)[:, 0] + self.bar_length
-        line = torch.where(in_conductor & (new[Family.BAR] | new[Family.METER]), line, self.bar_lines.gather(1, last)[:, 0])
+        line = torch.where(
+            in_conductor & (new[Family.BAR] | new[Family.METER]), line, self.bar_lines.gather(1, last)[:, 0]
+        )
         self.bar_lines.scatter_(1, last, line[:, None])
 
         # Onset and pitch.
@@ -247,13 +263,15 @@ class TensorState:
         in_note = time | pitch | new[Family.DURATION] | new[Family.VELOCITY]
         start = self.bar_lines.gather(1, self.bar[:, None].clamp(min=0))[:, 0]
         none = torch.full_like(family, -1)
-        return torch.stack([
-            self.bar,
-            self.track,
-            self.instrument,
-            self.ordinal,
-            family,
-            torch.where(in_note, self.num_onsets - 1, -1),
-            none,
-            torch.where(self.bar < 0, 0, start) + torch.where(in_note, self.last_time, 0),
-        ])
+        return torch.stack(
+            [
+                self.bar,
+                self.track,
+                self.instrument,
+                self.ordinal,
+                family,
+                torch.where(in_note, self.num_onsets - 1, -1),
+                none,
+                torch.where(self.bar < 0, 0, start) + torch.where(in_note, self.last_time, 0),
+            ]
+        )

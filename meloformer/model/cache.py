@@ -26,6 +26,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from meloformer.hid import Annotations, Family
@@ -36,6 +37,7 @@ from meloformer.model.transformer import MeloFormer
 from meloformer.model.visible_keys import History, VisibleKeys
 
 PREFILL_CHUNK = 1024  # tokens of a prompt that are read at once
+WINDOW = 128  # slots since the bar began, up to which the rule is asked for all streams together
 
 _CLOSING = frozenset((Family.BAR, Family.FILL, Family.INSTRUMENT, Family.EOS))
 _OPENING = frozenset((Family.BAR, Family.FILL))
@@ -106,7 +108,7 @@ class DecodingSession:
         rows = np.arange(self.batch_size) if active is None else np.flatnonzero(active)
         tokens, a = np.asarray(tokens)[rows], Annotations(*(np.asarray(values)[rows] for values in annotations))
         kind = kinds(*(torch.from_numpy(x) for x in (a.type, a.track, a.bar))).tolist()
-        # One row of `x` each: its stream, its slot, its keys, and (position, instrument, ordinal, time).
+        # One row of `x` each: stream, slot, kind, position, instrument, ordinal, time.
         summaries: list[tuple] = []
         regular: list[tuple] = []
         for n, row in enumerate(rows.tolist()):
@@ -115,55 +117,69 @@ class DecodingSession:
             if self.rule.summaries and stream.sounding and type in _CLOSING:
                 start, its_bar, its_instrument, its_ordinal, its_time, _ = stream.cell
                 slot = stream.take((0, start, stream.length - 1, its_bar, its_instrument, SUMMARY, -1))
-                keys = self._look(stream, slot, SUMMARY)
-                summaries.append((stream, slot, keys, start, its_instrument, its_ordinal, its_time))
+                summaries.append((stream, slot, SUMMARY, start, its_instrument, its_ordinal, its_time))
             here = stream.length
             slot = stream.take((0, here, here, bar, instrument, kind[n], onset))
             stream.follow(type, track, (here, bar, instrument, ordinal, time, slot))
-            regular.append((stream, slot, self._look(stream, slot, kind[n]), here, instrument, ordinal, time))
+            regular.append((stream, slot, kind[n], here, instrument, ordinal, time))
         out = torch.zeros(self.batch_size, self.model.vocabulary.size, device=self.model.device)
         if len(rows):
             out[torch.from_numpy(rows).to(out.device)] = self.layers.head(self._run(tokens, summaries, regular)).float()
         return out
 
-    def _look(self, stream: Stream, slot: int, kind: int) -> VisibleKeys:
-        """The keys that the query in `slot` sees."""
-        group = self.group_of_kind[kind]
-        keys = stream.keys.get(group)
-        if keys is None:
-            keys = stream.keys[group] = VisibleKeys(stream.history)
-        # Inside a cell bar and instrument stay, and no onset lies outside: what is before it is seen or not for good.
-        start, cell = 0, -1
-        if kind != SUMMARY and stream.cell is not None:
-            cell = stream.cell[0]
-            start = stream.cell[-1] if keys.cell == cell else 0
-        query, window = (Fields(*stream.fields[:, a:stop].unbind()) for a, stop in ((slot, slot + 1), (start, stream.used)))
-        keys.update(self.rule(query, window).numpy(), start)
-        keys.cell = cell
-        return keys
+    def _look(self, rows: Sequence[tuple]) -> list[VisibleKeys]:
+        """The keys that the query of each row sees."""
+        looks: list[tuple[VisibleKeys, Stream, int, int, int]] = []
+        for stream, slot, kind, *_ in rows:
+            group = self.group_of_kind[kind]
+            keys = stream.keys.get(group)
+            if keys is None:
+                keys = stream.keys[group] = VisibleKeys(stream.history)
+            # Inside a cell bar and instrument stay, and no onset lies outside: what is before it is seen or is not.
+            start, cell = 0, -1
+            if kind != SUMMARY and stream.cell is not None:
+                cell = stream.cell[0]
+                start = stream.cell[-1] if keys.cell == cell else 0
+            keys.cell = cell
+            looks.append((keys, stream, slot, start, slot + 1))
+        short = [look for look in looks if look[4] - look[3] <= WINDOW]
+        long = [[look] for look in looks if look[4] - look[3] > WINDOW]
+        for group in [short, *long] if short else long:
+            length = max(stop - start for *_, start, stop in group)
+            # (7, rows, length), the end of each window; what stands before its start is not looked at
+            window = [stream.fields[:, max(stop - length, 0) : stop] for _, stream, _, _, stop in group]
+            window = torch.stack([F.pad(fields, (length - fields.shape[1], 0), value=-1) for fields in window], dim=1)
+            query = torch.stack([stream.fields[:, slot] for _, stream, slot, *_ in group], dim=1)[..., None]
+            seen = self.rule(Fields(*query), Fields(*window)).numpy()
+            for row, (keys, _, _, start, stop) in zip(seen, group):
+                keys.update(row[length - (stop - start) :], start)
+        return [keys for keys, *_ in looks]
 
     def _run(self, tokens: np.ndarray, summaries: list[tuple], regular: list[tuple]) -> Tensor:
         """Rows through the layers, their keys into caches -> (regular rows, d_model)."""
         m, device, rows = len(summaries), self.model.device, [*summaries, *regular]
+        readers = self._look(rows)
         numbers = torch.tensor([row[3:] for row in rows]).to(device)
         position, instrument, ordinal, time = numbers.unbind(1)
         x = self.model.embed(torch.from_numpy(tokens.astype(np.int64)).to(device), instrument[m:], ordinal[m:])
         if m:
             x = torch.cat([self.model.embed(None, instrument[:m], ordinal[:m]), x])
         # A summary is a key of its own query and of the token behind it.
-        token_keys = {id(stream): keys for stream, _, keys, *_ in regular}
-        written = [(n, slot, keys) for n, (_, slot, keys, *_) in enumerate(rows)]
-        written += [(n, slot, token_keys[id(stream)]) for n, (stream, slot, *_) in enumerate(summaries)]
-        cached = []
+        token_keys = {id(row[0]): keys for row, keys in zip(regular, readers[m:])}
+        written = [(n, keys.places(row[1])) for n, (row, keys) in enumerate(zip(rows, readers))]
+        written += [(n, token_keys[id(row[0])].places(row[1])) for n, row in enumerate(summaries)]
+        written, cached = [(n, places) for n, places in written if places], []
 
         def attend_cached(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            cached.append((k, v))
-            for n, slot, keys in written:
-                keys.write(i, slot, k[n], v[n])
-            return torch.stack([row[2].attend(i, q[n]) for n, row in enumerate(rows)]).flatten(1)
+            kv = torch.stack([k, v], dim=1)
+            cached.append(kv)
+            for n, places in written:
+                places[i].copy_(kv[n])
+            q = q[:, None, :, None].unbind(0)  # (1, H, 1, D) each
+            return torch.cat([keys.attend(i, q[n]) for n, keys in enumerate(readers)]).flatten(1)
 
         hidden = self.layers(x, m, position, time, attend_cached)
-        values = torch.stack([torch.stack(pair, dim=1) for pair in cached], dim=1)  # (N, layer, 2, H, D)
+        values = torch.stack(cached, dim=1)  # (N, layer, 2, H, D)
         for n, (stream, slot, *_) in enumerate(rows):
             stream.history.write(slot, values[n : n + 1])
         return hidden
@@ -214,7 +230,9 @@ class DecodingSession:
         query = Fields(*torch.stack(joint_fields(chunk, self.rule.summaries)))
         first, count = stream.used, query.document.shape[1]
         if first + count > len(stream.history):
-            raise ValueError(f"the session holds {len(stream.history)} tokens and summaries a stream, the prompt has more")
+            raise ValueError(
+                f"the session holds {len(stream.history)} tokens and summaries a stream, the prompt has more"
+            )
         stream.used += count
         stream.fields[:, first : stream.used] = torch.stack(query)[:, 0]
         device = self.model.device
@@ -244,7 +262,7 @@ class DecodingSession:
         self.streams = kept
 
     def branch(self, rows: Sequence[int]) -> DecodingSession:
-        """A session that goes on with these streams, in this order; this one stays as it is. They share what is read."""
+        """A session that goes on with these streams, in this order; this one stays as it is."""
         twin = copy.copy(self)
         twin.streams = [self.streams[row].branch() for row in rows]
         return twin

@@ -75,10 +75,14 @@ class StaticSession:
             keys, values = cache[index].unbind(2)
             return attend(q, keys, values, visibility).transpose(0, 1).flatten(0, 1).flatten(1)
 
-        x = torch.cat([
-            self.model.embed(None, its_instrument, its_ordinal) if self.rule.summaries else self.model.token(tokens),
-            self.model.embed(tokens, instrument, ordinal),
-        ])
+        x = torch.cat(
+            [
+                self.model.embed(None, its_instrument, its_ordinal)
+                if self.rule.summaries
+                else self.model.token(tokens),
+                self.model.embed(tokens, instrument, ordinal),
+            ]
+        )
         position, ticks = torch.cat([start, here]), torch.cat([its_time, time])
         hidden = self.layers(x, count, position, ticks, attend_cached)
 

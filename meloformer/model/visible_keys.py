@@ -3,8 +3,8 @@
     history = History(prompt, slots, ...)      # K and V of tokens and summaries, in the order they came
     keys = VisibleKeys(history)                # for queries of one class: those that predict a P, say
     keys.update(seen, start)                   # they see these of the slots from `start` on; before it, as they did
-    keys.write(i, slot, k, v)                  # layer i's K and V (H, D) of a slot that the history does not hold yet
-    out = keys.attend(i, q)                    # q (H, D) -> (H, D)
+    keys.places(slot)[i].copy_(kv)             # layer i's K and V (2, H, D) of a slot that has none yet
+    out = keys.attend(i, q)                    # q (1, H, 1, D) -> the same
 
 From one query of a class to the next few keys come and go: what is there stays, what goes is written over, what comes
 is copied out of the history, for all layers at once. So a step reads what its token may see, and little else.
@@ -36,12 +36,11 @@ class History:
         """(n, layer, 2, H, D) of rising slots."""
         first = len(self.shared)
         split = int(np.searchsorted(slots, first))
-        index = torch.from_numpy(slots).to(self.own.device)
         if split == 0:
-            return self.own[index - first]
+            return _rows(self.own, slots - first)
         if split == len(slots):
-            return self.shared[index]
-        return torch.cat([self.shared[index[:split]], self.own[index[split:] - first]])
+            return _rows(self.shared, slots)
+        return torch.cat([_rows(self.shared, slots[:split]), _rows(self.own, slots[split:] - first)])
 
     def write(self, slot: int, values: Tensor) -> None:
         """One slot of the stream's own or several from it on, (n, layer, 2, H, D)."""
@@ -55,6 +54,13 @@ class History:
         return History(shared, len(self) - used)
 
 
+def _rows(values: Tensor, index: np.ndarray) -> Tensor:
+    """values[index], without a copy where the rows stand together."""
+    if index[-1] - index[0] == len(index) - 1:
+        return values[int(index[0]) : int(index[-1]) + 1]
+    return values[torch.from_numpy(index).to(values.device)]
+
+
 class VisibleKeys:
     """See the module's docstring. `cell` is the caller's: what the slots before the window were chosen for."""
 
@@ -65,6 +71,7 @@ class VisibleKeys:
         self.slots = np.zeros(0, dtype=np.int64)  # the slot at each place
         self.place = np.full(len(history), -1, dtype=np.int64)  # the place of each slot, -1 for those not held
         self.count = 0
+        self._read: tuple[Tensor, ...] = ()  # K and V of each layer in turn, (1, H, count, D)
 
     def update(self, seen: np.ndarray, start: int) -> None:
         """From slot `start` on hold those of `seen` (n,) bool and no others."""
@@ -78,22 +85,24 @@ class VisibleKeys:
         self._grow(self.count + len(coming) - reused)
         self.slots[places], self.place[coming] = coming, places
         if len(coming):
-            index = torch.from_numpy(places).to(self.data.device)
-            self.data[:, :, 0, :, index] = self.history.read(coming).permute(1, 2, 3, 0, 4)
+            values = self.history.read(coming).permute(1, 2, 3, 0, 4)
+            first, last = int(places[0]), int(places[-1])
+            if last - first == len(places) - 1:  # they stand together: a plain copy
+                self.data[:, :, 0, :, first : last + 1] = values
+            else:
+                self.data[:, :, 0, :, torch.from_numpy(places).to(self.data.device)] = values
+        self._read = self.data[..., : self.count, :].flatten(0, 1).unbind(0)
 
-    def write(self, i: int, slot: int, k: Tensor, v: Tensor) -> None:
-        """K and V of a slot, where it is held."""
-        place = self.place[slot]
-        if place >= 0:
-            self.data[i, 0, 0, :, place] = k
-            self.data[i, 1, 0, :, place] = v
+    def places(self, slot: int) -> tuple[Tensor, ...]:
+        """For each layer where K and V (2, H, D) of a slot stand; nothing if the slot is not held."""
+        place = int(self.place[slot])
+        return self.data[:, :, 0, :, place].unbind(0) if place >= 0 else ()
 
     def attend(self, i: int, q: Tensor) -> Tensor:
         """Attention of one query over all that is held; zeros if that is nothing."""
         if not self.count:
             return torch.zeros_like(q)
-        k, v = self.data[i, :, :, :, : self.count]
-        return F.scaled_dot_product_attention(q[None, :, None], k, v)[0, :, 0]
+        return F.scaled_dot_product_attention(q, self._read[2 * i], self._read[2 * i + 1])
 
     def _close(self, gaps: np.ndarray) -> None:
         """Fill places that nothing came to, rising, with the last ones."""

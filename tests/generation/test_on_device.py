@@ -41,7 +41,9 @@ def test_the_same_pieces_as_the_hosts_loop(monkeypatch, width):
     assert plain == tensors
 
 
-@pytest.mark.parametrize("config", [{"pattern": "full_causal"}, {"summaries": False}, {"same_bar_offsets": [0, 1]}], ids=str)
+@pytest.mark.parametrize(
+    "config", [{"pattern": "full_causal"}, {"summaries": False}, {"same_bar_offsets": [0, 1]}], ids=str
+)
 def test_the_same_pieces_behind_a_prompt(monkeypatch, config):
     torch.manual_seed(1)
     model = tiny_model(**config).double()
