@@ -6,7 +6,8 @@
 Every variant reads the same rows of the same pieces in the same order, at the same learning rate, with as many
 parameters as the reference (d_ff makes up the difference). Train, validation and test are split by clusters of
 near-duplicates. Each finished run is one file in the output folder and is not run again; the table and results.json
-(mean over the seeds, spread, difference to the reference seed by seed) are of what is finished.
+(mean over the seeds, spread, difference to the reference seed by seed, and how it varies over pieces) are of what is
+finished.
 
 The surprise: bars are deferred in the two variants that ask about deferring alone. The others learn and are measured
 on plain streams, so that they compare.
@@ -35,7 +36,7 @@ from meloformer.data import Corpus, RowPlan, Step, batches
 from meloformer.data.preprocess import preprocess
 from meloformer.device import choose_device, choose_precision
 from meloformer.errors import UserError, exit_cleanly
-from meloformer.evaluation.by_piece import evaluate_pieces
+from meloformer.evaluation.by_piece import bootstrap_interval, evaluate_pieces
 from meloformer.files import write_atomic
 from meloformer.hid import Vocabulary
 from meloformer.model import MeloFormer
@@ -244,7 +245,8 @@ def summarise(results: list[dict]) -> dict[str, dict]:
     table = {}
     for name, runs in by_variant.items():
         value = {seed: run["test"]["nats_per_note"] for seed, run in runs.items()}
-        difference = [value[s] - reference[s]["test"]["nats_per_note"] for s in sorted(value) if s in reference]
+        common = [seed for seed in sorted(value) if seed in reference]
+        difference = [value[seed] - reference[seed]["test"]["nats_per_note"] for seed in common]
         sides = [run["sides"] for run in runs.values() if "sides" in run]
         table[name] = {
             "about": VARIANTS[name].about,
@@ -254,12 +256,22 @@ def summarise(results: list[dict]) -> dict[str, dict]:
             "spread": float(np.std(list(value.values()), ddof=1)) if len(value) > 1 else None,
             "difference": float(np.mean(difference)) if difference else None,
             "difference_spread": float(np.std(difference, ddof=1)) if len(difference) > 1 else None,
+            "difference_interval": _over_pieces([(runs[seed], reference[seed]) for seed in common]),
             "parameters": next(iter(runs.values()))["parameters"],
             "processor_seconds": float(np.mean([run["processor_seconds"] for run in runs.values()])),
             "seconds": float(np.mean([run["seconds"] for run in runs.values()])),
             "sides": {side: float(np.mean([s[side] for s in sides])) for side in sides[0]} if sides else None,
         }
     return table
+
+
+def _over_pieces(pairs: list[tuple[dict, dict]]) -> list[float] | None:
+    """95 % bootstrap interval, over the test pieces, of the difference in nats a note; seeds are averaged first."""
+    if not pairs:
+        return None
+    nats = [[np.array(run["test"]["by_piece"]["nats"]) for run in pair] for pair in pairs]
+    notes = np.array(pairs[0][0]["test"]["by_piece"]["notes"])  # all read the same pieces
+    return bootstrap_interval(np.mean([one - other for one, other in nats], axis=0), notes)
 
 
 def show(table: dict[str, dict]) -> str:
@@ -269,12 +281,15 @@ def show(table: dict[str, dict]) -> str:
         return "" if value is None else format(value, form)
 
     lines = [
-        f"{'variant':22}{'seeds':>6}{'nats a note':>13}{'spread':>9}{'difference':>12}{'spread':>9}{'processor s':>13}"
+        f"{'variant':22}{'seeds':>6}{'nats a note':>13}{'spread':>9}{'difference':>12}{'spread':>9}{'over pieces':>18}"
+        f"{'processor s':>13}"
     ]
     for name, row in sorted(table.items(), key=lambda item: item[1]["mean"]):
+        low, high = row["difference_interval"] or (None, None)
+        interval = f"{number(low)} to {number(high)}" if low is not None and name != REFERENCE else ""
         lines.append(
             f"{name:22}{len(row['seeds']):6}{row['mean']:13.3f}{number(row['spread'], '.3f'):>9}"
-            f"{number(row['difference']):>12}{number(row['difference_spread'], '.3f'):>9}"
+            f"{number(row['difference']):>12}{number(row['difference_spread'], '.3f'):>9}{interval:>18}"
             f"{row['processor_seconds']:13.0f}  {row['about']}"
         )
         if row["sides"]:

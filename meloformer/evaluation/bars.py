@@ -8,8 +8,8 @@
 
 >>> from meloformer.midi import Score, Track, note_table
 >>> bars = bars_of(Score(24, [Track(33)], note_table([(0, 0, 24, 40, 90), (0, 108, 12, 45, 90)])))
->>> bars.num_bars, bars.bar.tolist(), bars.onset.tolist(), bars.code.tolist() == sorted(bars.code.tolist())
-(2, [0, 1], [0, 12], False)
+>>> bars.num_bars, bars.bar.tolist(), bars.onset.tolist()
+(2, [0, 1], [0, 12])
 
 The surprise: a note belongs to the bar it begins in, with its whole duration, also where it rings into the next.
 """

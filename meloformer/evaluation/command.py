@@ -136,10 +136,10 @@ def report(evaluation: dict) -> str:
     lines += ["", f"{'bars':14}{'notes':>12}{'nats a note':>14}"]
     for entry in evaluation["by_bar"]:
         lines.append(f"{entry['bars']:14}{entry['notes']:12,}{entry['nats_per_note']:14.3f}")
-    lines += ["", f"{'first tokens':14}{'pieces':>12}{'perplexity':>14}"]
+    lines += ["", f"{'first tokens':14}{'pieces':>12}{'perplexity':>18}"]
     for limit, entry in evaluation["first_tokens"].items():
         value = "rows too short" if entry["perplexity"] is None else f"{entry['perplexity']:.3f}"
-        lines.append(f"{int(limit):<14,}{entry['pieces']:12,}{value:>14}")
+        lines.append(f"{int(limit):<14,}{entry['pieces']:12,}{value:>18}")
     interval = evaluation["nats_per_note_interval"]
     if interval:
         lines += ["", f"95 % of bootstrap samples of the pieces: {interval[0]:.3f} to {interval[1]:.3f} nats a note"]

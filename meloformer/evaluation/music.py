@@ -26,6 +26,7 @@ from meloformer.data.packing import Split, split_pieces
 from meloformer.data.sources import Input, Source
 from meloformer.errors import UserError
 from meloformer.evaluation.bars import Bars, bars_of, bars_of_stream
+from meloformer.hid.vocabulary import DEFAULT_RESOLUTION
 from meloformer.midi import MidiError, read_score
 from meloformer.pretrained import WEIGHTS, find_pretrained
 from meloformer.training.checkpoint import read_state
@@ -58,6 +59,11 @@ def music(where: str, split: Split, limit: int | None = None) -> Iterator[Bars]:
 
 
 def _of_corpus(corpus: Corpus, numbers: np.ndarray, limit: int | None) -> Iterator[Bars]:
+    if corpus.vocabulary.resolution != DEFAULT_RESOLUTION:
+        raise UserError(
+            f"{corpus.path}: its grid has {corpus.vocabulary.resolution} ticks a quarter note, music is measured on "
+            f"{DEFAULT_RESOLUTION}; give the MIDI files instead"
+        )
     if limit is not None and len(numbers) > limit:
         numbers = np.sort(numbers[mix(corpus.index["content_hash"][numbers]).argsort(kind="stable")[:limit]])
     for number in numbers.tolist():

@@ -150,7 +150,7 @@ def test_the_table_says_means_spreads_and_differences_seed_by_seed():
         return {
             "variant": variant,
             "seed": seed,
-            "test": {"nats_per_note": value},
+            "test": {"nats_per_note": value, "by_piece": {"nats": [30 * value, 10 * value], "notes": [30, 10]}},
             "parameters": 7,
             "seconds": 1.0,
             "processor_seconds": 2.0,
@@ -163,6 +163,8 @@ def test_the_table_says_means_spreads_and_differences_seed_by_seed():
     assert table["no_summaries"]["mean"] == pytest.approx(5.8)
     assert table["no_summaries"]["difference"] == pytest.approx(0.3)
     assert table["no_summaries"]["difference_spread"] == pytest.approx(0.2 * 2**0.5)
+    assert table["no_summaries"]["difference_interval"] == pytest.approx([0.3, 0.3]), "every piece differs by as much"
+    assert table["full_causal"]["difference_interval"] is None
     assert table["full_causal"]["difference"] is None and table["deferred"]["spread"] is None
     text = show(table)
     assert "both sides 2.000" in text and text.splitlines()[1].startswith("deferred")
