@@ -52,9 +52,9 @@ class Task:
         return self.roll[:, self.first : self.first + len(self.keep)]
 
     def finish(self, window: np.ndarray) -> np.ndarray:
-        """(128, W): the piece with the cells that were written; the known ones are taken from the piece itself."""
+        """(128, W): the piece with a window in its place."""
         roll = self.roll.copy()
-        roll[:, self.first : self.first + len(self.keep)] = np.where(self.keep, self.window, window)
+        roll[:, self.first : self.first + len(self.keep)] = window
         return roll
 
 
@@ -129,7 +129,8 @@ def generate(
         first=first,
         on_step=on_step,
     )
-    rolls = np.where(~keep[:, None] & (rolls < config.velocity_threshold), 0, rolls).astype(np.uint8)
+    written = np.where(rolls < config.velocity_threshold, 0, rolls)
+    rolls = np.where(keep[:, None], known, written).astype(np.uint8)
     if config.gif:
         frames.append(rolls)
     return rolls, frames

@@ -202,7 +202,7 @@ class _Sampler:
         walk = generator.begin(count, columns, seen, conditions)
         where = torch.from_numpy(problems).to(self.device)
         contents, before = self._at(self.cells, level), None
-        states = torch.zeros(count, patches, generator.width, device=self.device)
+        states = torch.zeros(count, patches, generator.width, device=self.device, dtype=generator.row.dtype)
         scan = generator.scan(columns, torch.device("cpu")).tolist()
         last = max((i for i, place in enumerate(scan) if open_[:, place].any()), default=-1)
         for place in scan[: last + 1]:
