@@ -17,8 +17,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from meloformer.errors import UserError
-from meloformer.hid.controls import CONDITIONS
-from meloformer.hid.vocabulary import Family
 from meloformer.settings import Settings, option
 
 # Two feed-forwards of width d_ff a layer, for summaries and for regular tokens (the last layer has the latter alone),
@@ -34,6 +32,8 @@ BY_SIZE = "by model_size"
 FAMILY_HELP = (
     "meloformer (token streams) or fractal (piano rolls); each has flags of its own, see --family fractal --help"
 )
+# Names of hid.controls.CONDITIONS, again, because --help should not wait for numpy
+CONDITIONS = ("key", "chords", "tag", "density", "polyphony", "role", "bar_density")
 BY_MODEL = "the model decides"
 
 
@@ -161,10 +161,6 @@ class DataConfig(Settings):
     def given_conditions(self) -> list[str]:
         """Names of the conditions that are given at all."""
         return [name for name in CONDITIONS if getattr(self, f"{name}_probability") > 0]
-
-    def predicted_families(self) -> frozenset[Family]:
-        """Token families of `predict_conditions`."""
-        return frozenset(CONDITIONS[name] for name in self.predict_conditions or ())
 
     def validate(self) -> None:
         require = self.require

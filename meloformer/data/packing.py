@@ -133,7 +133,7 @@ class RowPlan:
         # Without augmentation no draw depends on seed or epoch: validation is the same music in the same rows.
         self.seed, self.epoch = (seed, epoch) if self.augmented else (0, 0)
         self.tokenizer = Tokenizer(corpus.vocabulary)
-        self._predicted = data.predicted_families() if self.augmented else frozenset()
+        self._predicted = frozenset(CONDITIONS[name] for name in data.predict_conditions or () if self.augmented)
         shares = {name: getattr(data, f"{name}_probability") for name in CONDITIONS}
         if not self.augmented:
             shares = {name: float(name in conditions) for name in CONDITIONS}

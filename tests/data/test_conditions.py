@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from meloformer import config as settings_of_commands
 from meloformer.config import DataConfig, PreprocessConfig
 from meloformer.data import Corpus, RowPlan
 from meloformer.data.augment import Deferral, augment
@@ -307,6 +308,10 @@ def test_what_is_given_is_no_target_unless_it_is_to_be_inferred(corpus):
     assert not targets_of(held_out) & given_
     with pytest.raises(UserError, match="predict_conditions is 'tempo', must be key, chords"):
         replace(config, predict_conditions=["tempo"]).validate()
+
+
+def test_settings_and_streams_speak_of_the_same_conditions():
+    assert list(settings_of_commands.CONDITIONS) == list(CONDITIONS)
 
 
 def test_a_corpus_of_the_tests_has_conditions(tmp_path):
