@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
 
-from meloformer.config import FAMILY_HELP, LoopConfig
+from meloformer.loop_config import FAMILY_HELP, LoopConfig
 from meloformer.settings import Settings, option
 
 PITCHES = 128

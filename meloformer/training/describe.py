@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from meloformer.config import LoopConfig
 from meloformer.data import steps_in
+from meloformer.loop_config import LoopConfig
 from meloformer.training.distributed import Ranks
 from meloformer.training.family import Family
 from meloformer.training.logging import table

@@ -1,7 +1,7 @@
 """What the training loop asks of a model family: `Family`. The loop itself knows neither.
 
 Two there are: meloformer.training.streams (token streams, MeloFormer) and meloformer.fractal.family (piano rolls,
-FractalMIDI). An object is made of a run's config; the loop reads `training` of it alone (meloformer.config.LoopConfig).
+FractalMIDI). An object is made of a run's config, of which the loop reads `training` alone (a loop_config.LoopConfig).
 
     family = open_family(config)
     plan = family.open_data(epoch)                  # rows, for meloformer.data.loader.batches; family.data_hash

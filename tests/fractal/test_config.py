@@ -14,6 +14,7 @@ from meloformer.device import choose_device
 from meloformer.errors import UserError
 from meloformer.families import FAMILIES, config_class, family_of_command_line
 from meloformer.fractal.config import FractalConfig, FractalModel
+from meloformer.settings import read_values
 from meloformer.training.distributed import joined
 from tests.conftest import ROOT
 
@@ -99,6 +100,15 @@ def test_the_configs_that_come_along(name):
     config = load(FractalConfig, ["--config", str(path), "--train_data", "train.txt"])
     if name.startswith("fractal_crop"):
         assert config.data.crop_length == int(name[-3:])
+    default = read("--train_data train.txt").to_dict()
+    given = read_values(FractalConfig, yaml.safe_load(path.read_text()), name)
+    same = [key for key, value in given.items() if key != "family" and value == default_of(default, key)]
+    assert path.read_text().startswith("# ") and not same, f"these are the defaults: {same}"
+
+
+def default_of(settings: dict, dotted: str):
+    section, name = dotted.split(".")
+    return settings[section][name]
 
 
 @pytest.mark.parametrize(
