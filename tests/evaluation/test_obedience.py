@@ -16,7 +16,7 @@ from meloformer.evaluation.command import run
 from meloformer.evaluation.obedience import Window, compare, draw_windows, half_chords, measure, report
 from meloformer.generation.request import ConstrainedState
 from meloformer.hid import Tokenizer
-from meloformer.hid.conditions import chord_name, derive
+from meloformer.hid.conditions import chord_name, derive, insert
 from meloformer.hid.controls import CONDITIONS
 from meloformer.midi import Score, Track, note_table
 from meloformer.model import MeloFormer
@@ -114,3 +114,15 @@ def test_evaluate_puts_it_into_its_file(config, capsys):
     assert found["guidance"] == 1.5 and "of the gap" in capsys.readouterr().out
     run(EvaluateConfig(**known))
     assert "obedience" not in json.loads((Path(folder) / "evaluation.json").read_text())
+
+
+def test_what_is_asked_for_reads_as_it_does_in_training(config):
+    """The head of a real window with its conditions, as training writes it, is the prompt that the request makes."""
+    corpus = Corpus(config.data.data_dir)
+    tokenizer = Tokenizer(corpus.vocabulary)
+    for real in draw_windows(corpus, config.data, 6, 300, 0, "train"):
+        tokens = tokenizer.encode(real.score, order="given")  # with PIECE_BEGIN and PIECE_END, where they are true
+        trained = insert(tokens, real.conditions.rows(corpus.vocabulary, KNOWN), corpus.vocabulary)
+        prompt = ConstrainedState(corpus.vocabulary, real.request(KNOWN), 2000).forced_prefix()
+        assert prompt == trained[: len(prompt)].tolist()
+        assert prompt[-1] == corpus.vocabulary.BAR
