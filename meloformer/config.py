@@ -276,6 +276,7 @@ class GenerateConfig(Settings):
     plot: bool = option(False, "write a piano roll (.png) beside every piece, new notes in colour")
     wav: bool = option(False, "write sound (.wav) beside every piece, through FluidSynth")
     soundfont: str | None = option(None, "the .sf2 file that --wav sounds through", shown="the system's")
+    family: Literal["meloformer", "fractal"] = option("meloformer", FAMILY_HELP, shown="what the checkpoint is")
 
     def validate(self) -> None:
         for name in ("num_samples", "bars", "batch_size", "max_length", "continue_bars", "prompt_bars"):
@@ -333,6 +334,7 @@ class EvaluateConfig(Settings):
     device: str = option("auto", "auto, cpu, cuda or cuda:1")
     precision: Literal["auto", "bf16", "fp32"] = option("auto", "auto is bf16 on hardware that has it, else fp32")
     output: str | None = option(None, "file for the numbers", shown="evaluation.json in the run's folder")
+    family: Literal["meloformer", "fractal"] = option("meloformer", FAMILY_HELP, shown="what the checkpoint is")
 
     def validate(self) -> None:
         self.require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1", "1 is the default")
