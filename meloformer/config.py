@@ -158,6 +158,8 @@ class DataConfig(Settings):
 
     def given_conditions(self) -> list[str]:
         """Names of the conditions that are given at all."""
+        if self.bare_probability == 1:
+            return []
         return [name for name in CONDITIONS if getattr(self, f"{name}_probability") > 0]
 
     def validate(self) -> None:
@@ -325,6 +327,7 @@ class GenerateConfig(Settings):
     plot: bool = option(False, "write a piano roll (.png) beside every piece, new notes in colour")
     wav: bool = option(False, "write sound (.wav) beside every piece, through FluidSynth")
     soundfont: str | None = option(None, "the .sf2 file that --wav sounds through", shown="the system's")
+    family: Literal["meloformer", "fractal"] = option("meloformer", FAMILY_HELP, shown="what the checkpoint is")
 
     def validate(self) -> None:
         for name in ("num_samples", "bars", "batch_size", "max_length", "continue_bars", "prompt_bars"):
@@ -405,6 +408,7 @@ class EvaluateConfig(Settings):
         "file for the numbers; with --generated a folder for report.json and report.html",
         shown="evaluation.json in the run's folder, or the generated folder",
     )
+    family: Literal["meloformer", "fractal"] = option("meloformer", FAMILY_HELP, shown="what the checkpoint is")
 
     def validate(self) -> None:
         if (self.checkpoint is None) == (self.generated is None):

@@ -3,8 +3,9 @@
     python -m meloformer.training.plot runs/base                     # writes runs/base/curves.png
     python -m meloformer.training.plot runs/a runs/b --output ab.png
 
-Four panels: training loss (smoothed, with the raw values faint behind it), validation in nats a note, validation by
-token type (of one run; of several, the last value of each), learning rate and gradient norm. Needs matplotlib.
+Four panels: training loss (smoothed, with the raw values faint behind it), validation in nats a note (of piano rolls: a
+cell), validation by token type (of one run; of several, the last value of each), learning rate and gradient norm. Needs
+matplotlib.
 
 What surprises: a run that is still going on can be drawn; a last line that is not finished yet is left out.
 """
@@ -25,6 +26,7 @@ from meloformer.training.logging import METRICS
 
 SMOOTHING = 0.03  # of a curve's length: the width of its moving average
 CURVES = "curves.png"
+HELD_OUT = ("nats_per_note", "nats_per_cell")  # of the two families
 
 
 def read_metrics(run: Path) -> dict[str, list[dict]]:
@@ -81,7 +83,8 @@ def plot(runs: list[Path], output: Path) -> None:
         steps, values = column(records["train"], "loss")
         loss.plot(steps, values, color=colour, alpha=0.2, linewidth=0.8)
         loss.plot(steps, smooth(values), color=colour, label=str(run))
-        steps, values = column(records["validation"], "nats_per_note")
+        names = [name for name in HELD_OUT if any(name in record for record in records["validation"])]
+        steps, values = column(records["validation"], names[0] if names else HELD_OUT[0])
         held_out.plot(steps, values, color=colour, marker=".", label=str(run))
         if len(values):
             best = int(values.argmin())
@@ -90,8 +93,8 @@ def plot(runs: list[Path], output: Path) -> None:
         norm.plot(*column(records["train"], "grad_norm"), color=colour, alpha=0.3, linewidth=0.8)
     _draw_types(types, runs, metrics)
     titles = {
-        loss: "training loss, nats a token",
-        held_out: "validation, nats a note",
+        loss: "training loss, nats a token or cell",
+        held_out: "validation, nats a note or cell",
         types: "validation by type, nats a token",
         rate: "learning rate (bold), gradient norm (faint)",
     }
@@ -109,17 +112,19 @@ def plot(runs: list[Path], output: Path) -> None:
 def _draw_types(ax, runs: list[Path], metrics: list[dict[str, list[dict]]]) -> None:
     """One run: a curve for each type. Several: bars of their last validation, beside each other."""
     validations = [records["validation"] for records in metrics]
-    names = list(dict.fromkeys(name for records in validations for record in records for name in record["by_type"]))
+    names = list(
+        dict.fromkeys(name for records in validations for record in records for name in record.get("by_type", {}))
+    )
     if len(runs) == 1:
         for name, colour in zip(names, COLOURS):
-            shown = [{"step": r["step"], **r["by_type"].get(name, {})} for r in validations[0]]
+            shown = [{"step": r["step"], **r.get("by_type", {}).get(name, {})} for r in validations[0]]
             ax.plot(*column(shown, "nats_per_token"), color=colour, marker=".", label=name)
         if names:
             ax.legend(frameon=False, fontsize=8, ncols=2)
         return
     width = 0.8 / len(runs)
     for i, (records, colour) in enumerate(zip(validations, COLOURS * (1 + len(runs) // len(COLOURS)))):
-        last = records[-1]["by_type"] if records else {}
+        last = records[-1].get("by_type", {}) if records else {}
         heights = [last.get(name, {}).get("nats_per_token", 0.0) for name in names]
         ax.bar(np.arange(len(names)) + i * width, heights, width, color=colour)
     ax.set_xticks(np.arange(len(names)) + 0.4 - width / 2, names)
