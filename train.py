@@ -2,6 +2,8 @@
 
 or, of piano rolls: python train.py --family fractal --train_data train.txt --val_data valid.txt"""
 
+import sys
+
 from meloformer.command_line import load
 from meloformer.errors import exit_cleanly
 from meloformer.families import config_class, family_of_command_line
@@ -12,7 +14,9 @@ def main() -> None:
     # Imported here: torch takes seconds, and --help or a mistyped flag should answer at once.
     from meloformer.training.loop import train
 
-    train(config)
+    stopped_by = train(config)
+    if stopped_by:  # as a shell counts: 130 for Ctrl-C, 143 for SIGTERM
+        sys.exit(128 + stopped_by)
 
 
 if __name__ == "__main__":

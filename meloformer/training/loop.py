@@ -54,14 +54,18 @@ class TrainingError(UserError):
     """A run that cannot go on."""
 
 
-def train(config: Settings) -> None:
-    """Train to max_steps, or until a signal; either way the last step is saved."""
+def train(config: Settings) -> int:
+    """Train to max_steps, or until a signal; either way the last step is saved.
+
+    Returns 0 for a finished run, else the number of the signal that ended it early, which a script must not take for
+    a finished one.
+    """
     with joined(config.training.device) as ranks, ExitStack() as held:
         if config.training.fast_dev_run and ranks.is_main:
             config.training.output_dir = tempfile.mkdtemp(prefix="fast_dev_run_")
             held.callback(shutil.rmtree, config.training.output_dir, ignore_errors=True)
         try:
-            train_rank(config, ranks, held)
+            return train_rank(config, ranks, held)
         except OSError as error:  # a disk that is full or gone; checkpoints and logs have said so in their own words
             raise TrainingError(
                 f"{error.filename or config.training.output_dir}: {error.strerror or error}; checkpoints that were "
@@ -69,7 +73,7 @@ def train(config: Settings) -> None:
             ) from error
 
 
-def train_rank(config: Settings, ranks: Ranks, held: ExitStack) -> None:
+def train_rank(config: Settings, ranks: Ranks, held: ExitStack) -> int:
     """`train` in one of the run's processes. `held` keeps the lock of the run's folder, once it is taken."""
     settings, family = config.training, open_family(config)
     device = ranks.device
@@ -92,7 +96,7 @@ def train_rank(config: Settings, ranks: Ranks, held: ExitStack) -> None:
         if progress.step >= fixed.max_steps or 0 < settings.patience <= progress.waited:
             if ranks.is_main:
                 print(f"{folder}: finished, at step {progress.step} of {fixed.max_steps}; nothing to resume")
-            return
+            return 0
 
     # --- data, model, optimizer
 
@@ -247,6 +251,7 @@ def train_rank(config: Settings, ranks: Ranks, held: ExitStack) -> None:
 
     if ranks.is_main:
         print(last_words(folder, family, fixed, progress, stopping), flush=True)
+    return stopping if progress.step < fixed.max_steps else 0
 
 
 # --- a step -----------------------------------------------------------------------------------------------------

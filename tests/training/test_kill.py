@@ -5,6 +5,9 @@ from __future__ import annotations
 import functools
 import resource
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,8 @@ import pytest
 from benchmarks.soak_resume import die_while_writing, differences, soak
 from meloformer.training import checkpoint
 from tests.training.processes import Run, records
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(("processes", "kills"), [(1, 5), (2, 4)])
@@ -69,3 +74,19 @@ def test_a_second_process_is_kept_out_of_the_folder(make_config):
         pass  # cut back, since nothing was saved
     again.kill()
     assert again.codes == [-signal.SIGKILL]
+
+
+def test_a_run_that_was_stopped_does_not_exit_as_a_finished_one(make_config, tmp_path):
+    """`make` took a model of 400 of 1,200 steps for the finished one, and went on with it."""
+    config = make_config(max_steps=500)
+    config.save(tmp_path / "given.yaml")
+    command = [sys.executable, str(ROOT / "train.py"), "--config", str(tmp_path / "given.yaml"), "--device", "cpu"]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.1)
+    run.terminate()
+    out, _ = run.communicate(timeout=60)
+    assert "SIGTERM: saved at step" in out
+    assert run.returncode == 143
