@@ -14,7 +14,7 @@ def main() -> None:
         config = load(FractalEvaluateConfig, description=__doc__)
         from meloformer.fractal.evaluate import run
     else:
-        from meloformer.config import EvaluateConfig
+        from meloformer.command_config import EvaluateConfig
 
         config = load(EvaluateConfig, description=__doc__)
         from meloformer.evaluation.command import run

@@ -13,7 +13,7 @@ def main() -> None:
         config = load(FractalGenerateConfig, description=__doc__)
         from meloformer.fractal.command import run
     else:
-        from meloformer.config import GenerateConfig
+        from meloformer.command_config import GenerateConfig
 
         config = load(GenerateConfig, description=__doc__)
         from meloformer.generation.command import run

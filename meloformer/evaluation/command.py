@@ -25,7 +25,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from meloformer.config import DataConfig, EvaluateConfig
+from meloformer.command_config import EvaluateConfig
+from meloformer.config import DataConfig
 from meloformer.data import Corpus, RowPlan
 from meloformer.device import choose_device, choose_precision
 from meloformer.errors import UserError

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from meloformer.config import EvaluateConfig
+from meloformer.command_config import EvaluateConfig
 from meloformer.errors import UserError
 from meloformer.evaluation.bars import Bars, bars_of_others, loop, shuffled_bars
 from meloformer.evaluation.memorisation import Copies, Library

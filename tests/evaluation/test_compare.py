@@ -9,7 +9,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from meloformer.config import EvaluateConfig, PreprocessConfig
+from meloformer.command_config import EvaluateConfig
+from meloformer.config import PreprocessConfig
 from meloformer.data.preprocess import preprocess
 from meloformer.errors import UserError
 from meloformer.evaluation.command import run

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from meloformer.config import EvaluateConfig
+from meloformer.command_config import EvaluateConfig
 from meloformer.data import Corpus, RowPlan
 from meloformer.errors import UserError
 from meloformer.evaluation.command import run

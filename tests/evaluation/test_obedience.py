@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from meloformer.config import EvaluateConfig, ModelConfig
+from meloformer.command_config import EvaluateConfig
+from meloformer.config import ModelConfig
 from meloformer.data import Corpus
 from meloformer.errors import UserError
 from meloformer.evaluation.command import run

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from miditoolkit import MidiFile
 
-from meloformer.config import GenerateConfig
+from meloformer.command_config import GenerateConfig
 from meloformer.errors import UserError
 from meloformer.generation import Request, Sampling, generate
 from meloformer.generation.command import read_request, run

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meloformer.config import GenerateConfig
+from meloformer.command_config import GenerateConfig
 from meloformer.errors import UserError
 from meloformer.generation import Part, Request, Sampling, Steering, generate
 from meloformer.generation.command import read_request, run
