@@ -2,7 +2,7 @@
 
     python benchmarks/preprocess.py --midi midi/ [--only speed,conditions,workers,memory]
 
-`speed`: one core, reading included, all files of the folder; then MidiTok's REMI with programs, tempos and time
+`speed`: one core, reading included, all files of the folder, without conditions, which MidiTok has not either; then MidiTok's REMI with programs, tempos and time
 signatures on every k-th of the files that we encode, ours on the same files in the same run (pip install
 ".[bench]"). `conditions`: the same files with and without deriving conditions, by turns. `workers`: the whole command
 with one and with two workers, by turns, on the folder and on its files under several other names, for starting up
@@ -63,7 +63,7 @@ def processor_seconds(call: Callable[[], object], repeats: int) -> float:
 
 
 def speed(folder: str, repeats: int, every: int) -> None:
-    encode = Encoder(PreprocessConfig(input=folder, output="-"))
+    encode = Encoder(PreprocessConfig(input=folder, output="-", conditions=False))
     sources = list(Input(folder))
     results = [encode(source) for source in sources]
     good = [source for source, result in zip(sources, results) if isinstance(result, Encoded)]

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from meloformer.config import FAMILY_HELP
+from meloformer.loop_config import FAMILY_HELP
 from meloformer.errors import UserError
 from meloformer.settings import Settings, option
 
