@@ -2,12 +2,12 @@
 
     python benchmarks/preprocess.py --midi midi/ [--only speed,conditions,workers,memory]
 
-`speed`: one core, reading included, all files of the folder, without conditions, which MidiTok has not either; then MidiTok's REMI with programs, tempos and time
-signatures on every k-th of the files that we encode, ours on the same files in the same run (pip install
-".[bench]"). `conditions`: the same files with and without deriving conditions, by turns. `workers`: the whole command
-with one and with two workers, by turns, on the folder and on its files under several other names, for starting up
-takes half a second whatever there is to do. `memory`: peak resident memory of the parent and of each worker for 1,000
-and for 20,000 names of the same files, with --no-dedup.
+`speed`: one core, reading included, all files of the folder, without conditions, which MidiTok has not either; then
+MidiTok's REMI with programs, tempos and time signatures on every k-th of the files that we encode, ours on the same
+files in the same run (pip install ".[bench]"). `conditions`: the same files with and without deriving conditions, by
+turns. `workers`: the whole command with one and with two workers, by turns, on the folder and on its files under
+several other names, for starting up takes half a second whatever there is to do. `memory`: peak resident memory of the
+parent and of each worker for 1,000 and for 20,000 names of the same files, with --no-dedup.
 
 Processor time for `speed` and `conditions`, so that other people's work on the machine counts for little; wall-clock
 time for `workers`, so run that on a quiet machine.

@@ -12,8 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from meloformer.loop_config import FAMILY_HELP
 from meloformer.errors import UserError
+from meloformer.loop_config import FAMILY_HELP
 from meloformer.settings import Settings, option
 
 SHORTEST, LONGEST = 4, 1024  # columns; training lengths are from 64 to 1024
