@@ -38,6 +38,7 @@ BATCH = 8  # tasks handed out at once; a worker has up to two batches, so that i
 WINDOW = 64  # tasks a worker by which the fastest may run ahead of the slowest
 STARTS = 3  # what kills a worker, such as a system short of memory, may kill the next as it starts
 OUT_OF_MEMORY = 77  # exit status of a worker
+BLAS_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 TIMEOUT, MEMORY, CRASHED = "timeout", "memory", "crashed"
 
 
@@ -49,7 +50,13 @@ class Failure(NamedTuple):
 
 
 def _context(modules: Sequence[str]):
-    """How processes are started. Where the system can, by a fork server that has imported the modules once for all."""
+    """How processes are started. Where the system can, by a fork server that has imported the modules once for all.
+
+    A worker is one of many: its matrix products, small as they are, run in one thread. With one for each core in each
+    worker, two workers were 1.2 times as fast as one (docs/log.md); who wants more says so in the environment.
+    """
+    for variable in BLAS_THREADS:
+        os.environ.setdefault(variable, "1")  # read by processes that start from now on
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
