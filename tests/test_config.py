@@ -8,17 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from meloformer.command_config import EvaluateConfig, GenerateConfig
 from meloformer.command_line import load
-from meloformer.config import (
-    MODEL_SIZES,
-    Config,
-    DataConfig,
-    EvaluateConfig,
-    GenerateConfig,
-    ModelConfig,
-    PreprocessConfig,
-    TrainingConfig,
-)
+from meloformer.config import MODEL_SIZES, Config, DataConfig, ModelConfig, PreprocessConfig, TrainingConfig
 from meloformer.errors import UserError
 from meloformer.settings import describe, read_value
 
