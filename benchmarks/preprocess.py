@@ -27,10 +27,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ.setdefault(variable, "1")  # before numpy: a worker has one thread, and so have those compared with it
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from meloformer.data.pool import limit_blas_threads  # noqa: E402
+
+limit_blas_threads()  # as a worker has it, and before numpy is imported
 
 from meloformer.config import PreprocessConfig  # noqa: E402
 from meloformer.data.corpus import read_meta  # noqa: E402

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +65,15 @@ def piece_lines(folder: Path) -> list[str]:
     return lines
 
 
+def this_python() -> Path:
+    """The interpreter as one would type it: `.venv/bin/python` in the project's folder."""
+    python = Path(sys.executable)
+    return python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
+
+
 def summary(run: Path, generated: Path) -> str:
     """The whole page."""
-    python = Path(sys.executable)
-    if python.is_relative_to(Path.cwd()):
-        python = python.relative_to(Path.cwd())
+    python = this_python()
     return "\n".join(
         [
             "",
@@ -88,12 +93,17 @@ def summary(run: Path, generated: Path) -> str:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m meloformer.demo", description=__doc__.splitlines()[0])
+def print_page(module: str, description: str, summary: Callable[[Path, Path], str]) -> None:
+    """The command line of a demo's last page."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
     parser.add_argument("run", type=Path, help="folder of the run, with evaluation.json")
-    parser.add_argument("generated", type=Path, help="folder of the generated pieces")
+    parser.add_argument("generated", type=Path, help="folder of what was generated")
     arguments = parser.parse_args()
     print(summary(arguments.run, arguments.generated))
+
+
+def main() -> None:
+    print_page("meloformer.demo", __doc__.splitlines()[0], summary)
 
 
 if __name__ == "__main__":

@@ -49,14 +49,19 @@ class Failure(NamedTuple):
     detail: str
 
 
-def _context(modules: Sequence[str]):
-    """How processes are started. Where the system can, by a fork server that has imported the modules once for all.
+def limit_blas_threads() -> None:
+    """One thread for numpy's matrix products, in processes that start from now on and in this one before numpy is read.
 
-    A worker is one of many: its matrix products, small as they are, run in one thread. With one for each core in each
-    worker, two workers were 1.2 times as fast as one (docs/log.md); who wants more says so in the environment.
+    A worker is one of many, and its products are small. With a thread for each core in each worker, two workers were
+    1.2 times as fast as one (docs/log.md). Who wants more says so in the environment.
     """
     for variable in BLAS_THREADS:
-        os.environ.setdefault(variable, "1")  # read by processes that start from now on
+        os.environ.setdefault(variable, "1")
+
+
+def _context(modules: Sequence[str]):
+    """How processes are started. Where the system can, by a fork server that has imported the modules once for all."""
+    limit_blas_threads()
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")

@@ -9,11 +9,10 @@ The surprise: it measures nothing itself. A number that is not in the files is n
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from pathlib import Path
 
+from meloformer.demo import print_page, this_python
 from meloformer.errors import UserError, exit_cleanly
 from meloformer.report import REPORT, earlier_runs
 
@@ -52,9 +51,7 @@ def roll_lines(folder: Path) -> list[str]:
 
 def summary(run: Path, generated: Path) -> str:
     """The whole page."""
-    python = Path(sys.executable)
-    if python.is_relative_to(Path.cwd()):
-        python = python.relative_to(Path.cwd())
+    python = this_python()
     return "\n".join(
         [
             "",
@@ -76,11 +73,7 @@ def summary(run: Path, generated: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m meloformer.fractal.demo", description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, help="folder of the run, with evaluation.json")
-    parser.add_argument("generated", type=Path, help="folder of the generated rolls")
-    arguments = parser.parse_args()
-    print(summary(arguments.run, arguments.generated))
+    print_page("meloformer.fractal.demo", __doc__.splitlines()[0], summary)
 
 
 if __name__ == "__main__":
