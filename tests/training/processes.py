@@ -84,7 +84,8 @@ def run_rank(
 
 
 def records(config: Config, kind: str = "train") -> list[dict]:
-    """Lines of a run's metrics.jsonl, without what depends on the clock."""
-    lines = (Path(config.training.output_dir) / "metrics.jsonl").read_text().splitlines()
+    """Whole lines of a run's metrics.jsonl, without what depends on the clock; a run that still writes, or was killed
+    while it did, may have half a line at the end."""
+    lines = (Path(config.training.output_dir) / "metrics.jsonl").read_text().split("\n")[:-1]
     found = [record for record in map(json.loads, lines) if record["kind"] == kind]
     return [{name: value for name, value in record.items() if name != "tokens_per_second"} for record in found]

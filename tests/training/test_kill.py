@@ -62,6 +62,7 @@ def test_a_second_process_is_kept_out_of_the_folder(make_config):
     metrics = Path(config.training.output_dir) / "metrics.jsonl"
     while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
         assert first.codes == [None], first.texts
+        time.sleep(0.05)
     second = make_config(max_steps=500, resume="auto")
     run = Run(second)
     assert run.finish() == [2]
@@ -71,7 +72,7 @@ def test_a_second_process_is_kept_out_of_the_folder(make_config):
     reached = len(records(config))
     again = Run(second)
     while len(records(config)) >= reached and again.codes == [None]:
-        pass  # cut back, since nothing was saved
+        time.sleep(0.05)  # until it is cut back, since nothing was saved
     again.kill()
     assert again.codes == [-signal.SIGKILL]
 
