@@ -26,7 +26,7 @@ from meloformer.config import ModelConfig
 from meloformer.errors import UserError
 from meloformer.generation import Part, Request, Sample, Sampling, Steering, generate
 from meloformer.generation.guidance import has_conditions
-from meloformer.generation.prompt import Prompt, Task, accompaniment, continuation, rewriting
+from meloformer.generation.prompt import Prompt, Task, accompaniment, anew, continuation, rewriting
 from meloformer.hid import Family, Tokenizer, Vocabulary
 from meloformer.hid.controls import CONDITIONS
 from meloformer.midi import DRUMS, read_score, write_midi
@@ -80,8 +80,10 @@ def random_steering(rng: np.random.Generator, known: list[str], bars: int, instr
 
 
 def random_task(rng: np.random.Generator, prompt: Prompt, max_length: int, known: list[str]) -> Task:
-    kind = rng.integers(3)
+    kind = rng.integers(4)
     steering = random_steering(rng, known, 1, [])
+    if kind == 3:
+        return anew(prompt, max_length, min(2, prompt.num_bars), steering)
     if kind == 0:
         return continuation(prompt, int(rng.integers(1, 4)), max_length, int(rng.integers(1, 5)), steering)
     if kind == 1:
@@ -119,6 +121,13 @@ def check_request(request: Request, sample: Sample, path: Path) -> None:
 
 
 def check_task(task: Task, sample: Sample, path: Path) -> None:
+    if task.anew:
+        require(sample.score.instruments.tolist() == task.prompt.score.instruments.tolist(), "other instruments")
+        require(sample.score.num_bars * len(task.instruments) == task.cells, "another number of bars")
+        require(sample.score.meters.tolist() == task.prompt.score.meters[: len(sample.score.meters)].tolist(), "meters")
+        counts = task.write(sample, path)
+        require(check_opens(path) == sample.score.num_notes - counts["duplicate_dropped"], "notes lost in the file")
+        return
     prompt, old = task.prompt, task.prompt.source.score
     require(sample.tokens[: len(task.request.given)].tolist() == task.request.given.tolist(), "the prompt's tokens")
     counts = task.write(sample, path)
@@ -209,7 +218,15 @@ def main() -> None:
                 done["with conditions"] += steered
                 done["guided"] += guidance != 1
                 done["tokens"] += len(sample.tokens)
-                done["from nothing" if task is None else "parts" if task.instruments else "cells"] += 1
+                done[
+                    "from nothing"
+                    if task is None
+                    else "anew"
+                    if task.anew
+                    else "parts"
+                    if task.instruments
+                    else "cells"
+                ] += 1
     done["seconds"] = round(time.perf_counter() - started)
     print(json.dumps(done, indent=1))
     if options.output:

@@ -27,7 +27,7 @@ class GenerateConfig(Settings):
     checkpoint: str = option(help="a run (its best checkpoint is taken) or one checkpoint")
     output: str = option(help="folder for the MIDI files")
     num_samples: int = option(4, "pieces to write, for each prompt if there are any")
-    prompt: str | None = option(None, "MIDI file to go on from; say how with one of the next three tasks")
+    prompt: str | None = option(None, "MIDI file to go on from; say how with one of the next four tasks")
     prompts_file: str | None = option(None, "text file of such MIDI files, one path a line")
     continue_bars: int | None = option(None, "write so many bars more of every track of the prompt")
     rewrite: list[str] | None = option(
@@ -36,6 +36,10 @@ class GenerateConfig(Settings):
         "1; may be given again",
     )
     add_instruments: list[str] | None = option(None, "write new parts beside the prompt's, such as 33,drums")
+    anew: bool = option(
+        False,
+        "write a new piece on the prompt's bars, meters, tempos and instruments (--bars: its first), without its notes",
+    )
     prompt_bars: int | None = option(
         None, "with continue_bars and add_instruments, read only the last so many bars", shown="as many as fit"
     )
@@ -81,7 +85,6 @@ class GenerateConfig(Settings):
     plot: bool = option(False, "write a piano roll (.png) beside every piece, new notes in colour")
     wav: bool = option(False, "write sound (.wav) beside every piece, through FluidSynth")
     soundfont: str | None = option(None, "the .sf2 file that --wav sounds through", shown="the system's")
-    family: Literal["meloformer", "fractal"] = option("meloformer", FAMILY_HELP, shown="what the checkpoint is")
 
     def validate(self) -> None:
         for name in ("num_samples", "bars", "batch_size", "max_length", "continue_bars", "prompt_bars"):
@@ -107,21 +110,27 @@ class GenerateConfig(Settings):
             return [f"--{name}" for name in names if getattr(self, name) not in (None, False)]
 
         prompts = given("prompt", "prompts_file")
-        tasks = given("continue_bars", "rewrite", "add_instruments")
+        tasks = given("continue_bars", "rewrite", "add_instruments", "anew")
         if len(prompts) > 1:
             raise UserError("--prompt and --prompts_file: give one of them; the file may name a single prompt")
         if prompts and len(tasks) != 1:
             raise UserError(
-                f"{prompts[0]} needs one of --continue_bars, --rewrite and --add_instruments, received "
+                f"{prompts[0]} needs one of --continue_bars, --rewrite, --add_instruments and --anew, received "
                 f"{' and '.join(tasks) or 'none'}; the output of one may be the prompt of the next"
             )
         underived = [] if self.derive else ["--no-derive"]
         for flag in [] if prompts else [*tasks, *given("prompt_bars", "only_new"), *underived]:
             raise UserError(f"{flag} needs a MIDI file to go on from; give --prompt")
-        for flag in given("bars", "tempo", "time_signature", "instruments") if prompts else []:
+        own = given("tempo", "time_signature", "instruments") + ([] if self.anew else given("bars"))
+        for flag in own if prompts else []:
             raise UserError(f"{flag} is for pieces from nothing, here the prompt decides; leave it out")
-        if self.rewrite is not None and self.prompt_bars is not None:
-            raise UserError("--prompt_bars goes with --continue_bars or --add_instruments; --rewrite names its bars")
+        if (self.rewrite is not None or self.anew) and self.prompt_bars is not None:
+            raise UserError(
+                "--prompt_bars goes with --continue_bars or --add_instruments; --rewrite names its bars, and --anew "
+                "writes the first --bars"
+            )
+        if self.anew and self.only_new:
+            raise UserError("--only_new leaves the prompt's notes out, and --anew does not keep them; leave it out")
         if self.chord_bars != 1 and self.chords is None:
             raise UserError("--chord_bars is how long each of --chords lasts; give --chords too")
         if self.soundfont is not None and not self.wav:
@@ -162,7 +171,6 @@ class EvaluateConfig(Settings):
         "file for the numbers; with --generated a folder for report.json and report.html",
         shown="evaluation.json in the run's folder, or the generated folder",
     )
-    family: Literal["meloformer", "fractal"] = option("meloformer", FAMILY_HELP, shown="what the checkpoint is")
 
     def validate(self) -> None:
         if (self.checkpoint is None) == (self.generated is None):

@@ -261,7 +261,11 @@ def test_generation_out_of_range(word):
     [
         ("--continue_bars 4", "--continue_bars needs a MIDI file"),
         ("--only_new", "--only_new needs a MIDI file"),
-        ("--prompt a.mid", "needs one of --continue_bars, --rewrite and --add_instruments, received none"),
+        ("--prompt a.mid", "needs one of --continue_bars, --rewrite, --add_instruments and --anew, received none"),
+        ("--anew", "--anew needs a MIDI file"),
+        ("--prompt a.mid --anew --only_new", "--anew does not keep them"),
+        ("--prompt a.mid --anew --prompt_bars 4", "--anew writes the first --bars"),
+        ("--prompt a.mid --anew --tempo 90", "--tempo is for pieces from nothing"),
         ("--prompt a.mid --continue_bars 4 --add_instruments 33", "--continue_bars and --add_instruments"),
         ("--prompt a.mid --prompts_file b.txt --continue_bars 4", "give one of them"),
         ("--prompt a.mid --continue_bars 4 --bars 8", "--bars is for pieces from nothing"),

@@ -31,6 +31,7 @@ from meloformer.generation.prompt import (
     Prompt,
     Task,
     accompaniment,
+    anew,
     continuation,
     find_cells,
     parse_rewrite,
@@ -129,7 +130,7 @@ def _write(job: Job, name: str, sample: Sample, config: GenerateConfig, synthesi
     counts = write_midi(sample.score, path) if job.task is None else job.task.write(sample, path, config.only_new)
     if config.plot:
         score, new = sample.score, None
-        if job.task is not None:
+        if job.task is not None and not job.task.anew:
             score = read_score(path)
             new = _is_new(score, job.task, sample)
         piano_roll(score, path.with_suffix(".png"), name, new)
@@ -270,6 +271,8 @@ def plan(config: GenerateConfig, prompt: Prompt, steering: Steering, max_length:
         return continuation(prompt, config.continue_bars, max_length, config.prompt_bars, steering)
     if config.rewrite is not None:
         return rewriting(prompt, find_cells(prompt, parse_rewrite(config.rewrite)), max_length, steering)
+    if config.anew:
+        return anew(prompt, max_length, config.bars, steering)
     instruments = [parse_instrument(word) for word in config.add_instruments or []]
     return accompaniment(prompt, instruments, max_length, config.prompt_bars, steering)
 

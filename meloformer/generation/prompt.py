@@ -5,8 +5,9 @@
 >>> samples = generate(model, task.request)                                          # doctest: +SKIP
 >>> task.write(samples[0], "longer.mid")                                             # doctest: +SKIP
 
-Three tasks, one mechanism each: `continuation` masks the new bars of every track, `rewriting` the chosen cells (track,
-bar), and their FILLs are generated; `accompaniment` lets new tracks follow the given ones. A piece that is longer than
+Four tasks, one mechanism each: `continuation` masks the new bars of every track, `rewriting` the chosen cells (track,
+bar), and their FILLs are generated; `accompaniment` lets new tracks follow the given ones; `anew` keeps bars, meters,
+tempos and instruments, and no note. A piece that is longer than
 the context is read through a window: its last bars, or bars round the chosen cells. `Task.note` says so.
 
 The surprise: what is masked is not shown to the model at all, so a rewritten bar owes nothing to the old one but the
@@ -28,11 +29,13 @@ import numpy as np
 from meloformer.errors import UserError
 from meloformer.generation.engine import Sample
 from meloformer.generation.request import TRACK_LENGTH, Request
-from meloformer.generation.steering import FREE, Frame, Steering, in_words, prompt_rows
+from meloformer.generation.steering import FREE, Frame, Part, Steering, in_words, part_of, prompt_rows
 from meloformer.hid import Annotations, Family, Tokenizer, Vocabulary
 from meloformer.hid.conditions import derive, insert
+from meloformer.hid.controls import TOKEN, TRACK
 from meloformer.hid.quantize import round_half_up
 from meloformer.hid.tokenizer import canonical_order, note_rows, reorder_tracks
+from meloformer.midi import write_midi
 from meloformer.midi.general_midi import parse_instrument
 from meloformer.midi.merge import MidiSource, merge_midi
 from meloformer.midi.score import Score
@@ -90,6 +93,14 @@ class Prompt:
         cells = len(self.score.tracks) * self.num_bars
         return 1 + (3 * self.score.num_notes + len(np.unique(self.score.notes[["track", "onset"]]))) / cells
 
+    def parts(self) -> list[Part]:
+        """Its tracks with what is derived from them, for new ones in their place."""
+        rows = self.derived
+        return [
+            part_of(instrument, rows[rows[:, TRACK] == track, TOKEN], self.vocabulary)
+            for track, instrument in enumerate(self.score.instruments.tolist())
+        ]
+
     def find_tracks(self, name: str) -> list[int]:
         """Tracks of `score` for a number, counted from 1 in the file's order, or an instrument's name."""
         tracks = self.source.score.tracks
@@ -111,8 +122,9 @@ class Prompt:
         masked: frozenset[tuple[int, int]] = frozenset(),
         steering: Steering = FREE,
         adds_parts: bool = False,
+        without_tracks: bool = False,
     ) -> tuple[np.ndarray, list[int]]:
-        """The head of a stream, all tracks of the bars [first, last), and which tracks of `score` it holds.
+        """The head of a stream, all tracks of the bars [first, last) or none, and which tracks of `score` it holds.
 
         `masked`: (track, bar) cells that hold a MASK; a bar beyond the piece's end has the last meter and tempo. Tracks
         that are silent there and have no such cell are left out. Conditions are those of `steering`, its chords laid
@@ -129,7 +141,7 @@ class Prompt:
         lines = replace(score, num_bars=last).bar_lines()
         inside = score.notes[(score.notes["onset"] >= lines[first]) & (score.notes["onset"] < lines[last])]
         sounding, tracks = set(np.unique(inside["track"]).tolist()), []
-        for track, instrument in enumerate(score.instruments.tolist()):
+        for track, instrument in enumerate([] if without_tracks else score.instruments.tolist()):
             chosen = {bar - first for t, bar in masked if t == track and first <= bar < last}
             if track not in sounding and not chosen:
                 continue
@@ -164,7 +176,8 @@ class Task:
     """What is to be written into a prompt: `request` for `generate`, `write` for what comes back.
 
     first_bar: of the window that the model reads; tracks: the window's, as numbers of `prompt.score`; cells: how many
-    bars of parts are new; replaced: (track, bar) of `prompt.score` whose old notes go; end_bar: the file lasts so long.
+    bars of parts are new; replaced: (track, bar) of `prompt.score` whose old notes go; end_bar: the file lasts so long;
+    anew: the file is the sample, and nothing of the prompt's.
     """
 
     prompt: Prompt
@@ -175,6 +188,7 @@ class Task:
     cells: int
     replaced: frozenset[tuple[int, int]] = frozenset()
     note: str = ""
+    anew: bool = False
 
     @property
     def told(self) -> str:
@@ -204,6 +218,8 @@ class Task:
     def write(self, sample: Sample, path: str | Path, only_new: bool = False) -> Counter:
         """The prompt's file with the sample's new notes in it, or with `only_new` those alone; counts of the rules."""
         prompt = self.prompt
+        if self.anew:
+            return write_midi(sample.score, path)
         end_tick = int(prompt.file_ticks(replace(prompt.score, num_bars=self.end_bar).bar_lines()[-1]))
         removed = prompt.notes_in(self.replaced)
         return merge_midi(
@@ -266,6 +282,27 @@ def accompaniment(
     return _task(prompt, *window(wanted), frozenset(), list(instruments), steering, "", max_length)
 
 
+def anew(prompt: Prompt, max_length: int, bars: int | None = None, steering: Steering = FREE) -> Task:
+    """A new piece on the first `bars` of the prompt, or all that fit: its meters, tempos and instruments, and what is
+    derived from each part but where the steering describes parts."""
+    if not steering.parts:
+        steering = replace(steering, parts=prompt.parts())
+    instruments = prompt.score.instruments.tolist()
+    if bars is not None and bars > prompt.num_bars:
+        raise UserError(f"{prompt.path}: --bars {bars}, it has {prompt.num_bars}; ask for fewer, or leave --bars out")
+
+    def window(size: int) -> tuple[int, int]:
+        return 0, size
+
+    wanted = bars or prompt.num_bars
+    what, remedy = f"a bar of {len(instruments)} new parts", "take a prompt with fewer"
+    size = _largest(
+        prompt, window, 1, wanted, frozenset(), instruments, steering, max_length, what, remedy, without_tracks=True
+    )
+    note = f"writes its first {size} of {prompt.num_bars} bars" if size < wanted else ""
+    return _task(prompt, 0, size, frozenset(), instruments, steering, note, max_length, without_tracks=True)
+
+
 def _largest(
     prompt: Prompt,
     window: Callable[[int], tuple[int, int]],
@@ -277,12 +314,13 @@ def _largest(
     max_length: int,
     what: str,
     remedy: str,
+    without_tracks: bool = False,
 ) -> int:
     """The largest size whose window, with room for what is new, stays within max_length; UserError if none does."""
 
     def length(size: int) -> int:
         first, last = window(size)
-        tokens, _ = prompt.stream(first, last, masked, steering, bool(instruments))
+        tokens, _ = prompt.stream(first, last, masked, steering, bool(instruments), without_tracks)
         cells = len(masked) + (last - first) * len(instruments)
         return len(tokens) + len(instruments) * TRACK_LENGTH + math.ceil(ROOM * prompt.tokens_per_cell() * cells) + 1
 
@@ -308,18 +346,18 @@ def _task(
     steering: Steering,
     note: str,
     max_length: int,
+    without_tracks: bool = False,
 ) -> Task:
     if steering.begin and first > 0:
         raise UserError(f"begin: the model reads {prompt.path} from bar {first + 1} on; leave it out")
-    tokens, tracks = prompt.stream(first, last, masked, steering, bool(instruments))
+    tokens, tracks = prompt.stream(first, last, masked, steering, bool(instruments), without_tracks)
     cells = len(masked) + (last - first) * len(instruments)
     note = f"{prompt.path}: the model {note}, which is what fits into {max_length} tokens" if note else ""
     parts = Steering(parts=steering.parts) if instruments else FREE
     request = Request(instruments=instruments or None, given=tokens, steering=parts)
     end_bar = max(last, prompt.num_bars)
-    return Task(
-        prompt, request, first, end_bar, tracks, cells, frozenset(c for c in masked if c[1] < prompt.num_bars), note
-    )
+    replaced = frozenset(c for c in masked if c[1] < prompt.num_bars)
+    return Task(prompt, request, first, end_bar, tracks, cells, replaced, note, anew=without_tracks)
 
 
 # --- what the command line says -----------------------------------------------------------------------------------

@@ -66,6 +66,14 @@ class Part:
         return tokens
 
 
+def part_of(instrument: int, tokens: np.ndarray, vocabulary: Vocabulary) -> Part:
+    """The `Part` that a track's control tokens describe."""
+    said = {Family(int(vocabulary.family_of[token])): int(vocabulary.value_of[token]) for token in tokens}
+    role = said.get(Family.ROLE)
+    counted = [None if number is None else number + 1 for number in map(said.get, (Family.DENSITY, Family.POLYPHONY))]
+    return Part(instrument, None if role is None else ROLES[role], *counted)
+
+
 @dataclass(frozen=True)
 class Steering:
     """What is asked of a piece beside its bars, meter, tempo and instruments; None leaves it to the model.
@@ -242,8 +250,8 @@ def prompt_rows(derived: np.ndarray, score: Score, frame: Frame, controls: Contr
     """(n, 4) control rows of a frame: what is asked, and of the whole score's `derived` rows what is not.
 
     What may not hold once the new notes are there is left out: chords, where there are bars behind the score's end and
-    none are asked for them; the density of a piece that gets more parts; and the densities of bars, but where some are
-    asked for, since all bars have one or none.
+    none are asked for them; the density of a piece that gets more parts beside its own; and the densities of bars, but
+    where some are asked for, since all bars have one or none.
     """
     v = controls.vocabulary
     end = min(frame.last, score.num_bars)
@@ -255,7 +263,8 @@ def prompt_rows(derived: np.ndarray, score: Score, frame: Frame, controls: Contr
 
     family = v.family_of[derived[:, TOKEN]]
     in_bars = (family == Family.CHORD) | (family == Family.BAR_DENSITY)
-    kept = derived[~in_bars & ~(frame.adds_parts & (derived[:, TRACK] < 0) & (family == Family.DENSITY))]
+    grows = frame.adds_parts and bool(len(frame.tracks))
+    kept = derived[~in_bars & ~(grows & (derived[:, TRACK] < 0) & (family == Family.DENSITY))]
     kept = rows_in_window(kept, frame.first, end, np.array(frame.tracks, dtype=np.int64))
     said = {(track, int(v.family_of[token])) for track, _, _, token in asked}
     groups = [kept[[(row[TRACK], int(v.family_of[row[TOKEN]])) not in said for row in kept.tolist()]]]

@@ -78,7 +78,8 @@ def insert(tokens: np.ndarray, controls: Iterable[Sequence[int]], vocabulary: Vo
     places[in_bar] = bars[number[in_bar]]
     places += 1
     if is_chord.any():
-        ends = np.concatenate((bars[1 : owners[1]], instruments[:1] if len(instruments) else [len(tokens) - 1]))
+        end = len(tokens) - (tokens[-1] == v.EOS)  # of a conductor alone, which may be the head of a stream
+        ends = np.concatenate((bars[1 : owners[1]], instruments[:1] if len(instruments) else [end]))
         places[is_chord] = ends[bar[is_chord]]
         if (kind[places[is_chord] - 1] == Family.CHORD).any():
             raise ValueError("a bar that is given chords has some already")

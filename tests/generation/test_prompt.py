@@ -13,13 +13,16 @@ from meloformer.generation import Request, Sampling, generate
 from meloformer.generation.prompt import (
     Prompt,
     accompaniment,
+    anew,
     continuation,
     find_cells,
     parse_rewrite,
     rewriting,
 )
 from meloformer.generation.request import ConstrainedState
+from meloformer.generation.steering import Part, Steering
 from meloformer.hid import Family, Tokenizer
+from meloformer.hid.controls import CONDITIONS
 from meloformer.midi import DRUMS, MidiError, Score, Track, note_table, read_score, write_midi
 from tests.hid.streams import VOCABULARY
 from tests.midi.real_files import readable_sample
@@ -199,6 +202,40 @@ def test_new_parts_stand_beside_the_given_ones(prompt, tmp_path):
     alone = read_score(tmp_path / "alone.mid")
     assert set(alone.instruments.tolist()) == {0, DRUMS} and alone.num_notes >= len(new)
     assert alone.meters.tolist() == prompt.source.score.meters.tolist()
+
+
+def test_a_piece_anew_has_the_prompts_form_and_none_of_its_notes(song, tmp_path):
+    prompt = Prompt(song, VOCABULARY, CONDITIONS)
+    task = anew(prompt, 900)
+    text = TOKENIZER.text(task.request.given)
+    assert "INSTRUMENT" not in text and text.startswith("BOS PIECE_BEGIN PIECE_END KEY_")
+    assert " DENSITY_" in text and "CHORD_" in text  # the whole piece's density still holds: no part is added to others
+    assert text.count("METER_") == 2 and text.count("TEMPO_") == 2
+    torch.manual_seed(0)
+    model = tiny_model()
+    model.conditions = list(CONDITIONS)
+    (sample,) = generate(model, task.request, max_length=900)
+    assert sample.score.instruments.tolist() == [DRUMS, 33, 40, 40] and sample.score.num_bars == 6
+    assert TOKENIZER.text(sample.tokens).count("ROLE_") == 4
+    for table in ("meters", "tempos"):
+        assert getattr(sample.score, table).tolist() == getattr(prompt.score, table).tolist()
+    task.write(sample, tmp_path / "new.mid")
+    write_midi(sample.score, tmp_path / "alone.mid")
+    assert (tmp_path / "new.mid").read_bytes() == (tmp_path / "alone.mid").read_bytes()
+
+
+def test_a_piece_anew_may_be_shorter(prompt):
+    """By request, or by what fits; parts that are described are as described, and the others as they come."""
+    task = anew(prompt, 900, bars=2)
+    assert task.cells == 8 and not task.note and "PIECE_END" not in TOKENIZER.text(task.request.given)
+    task = anew(prompt, 150)
+    assert "writes its first" in task.note and task.cells < 24
+    with pytest.raises(UserError, match="a bar of 4 new parts need about"):
+        anew(prompt, 40)
+    with pytest.raises(UserError, match="--bars 7, it has 6"):
+        anew(prompt, 900, bars=7)
+    told = anew(prompt, 900, steering=Steering(parts=[Part(33, density=9)]))
+    assert list(told.request.steering.parts) == [Part(33, density=9)]
 
 
 @given(st.data())

@@ -89,6 +89,14 @@ def test_a_deferred_bar_keeps_its_conditions():
     assert TOKENIZER.undefer(moved).tolist() == tokens.tolist()
 
 
+def test_a_conductor_alone_may_be_a_head_or_whole():
+    """The last bar's chord stood before its bar where no EOS follows: a piece is begun from such a head."""
+    head = [V.BOS, V.CONDUCTOR, V.BAR, V.meter(4, 4), V.tempo(120), V.BAR]
+    chord = [(-1, 1, 0, V.start(Family.CHORD))]
+    for end in ([], [V.EOS]):
+        assert insert(np.array(head + end), chord, V).tolist() == [*head, V.time(0), V.start(Family.CHORD), *end]
+
+
 def test_a_place_that_is_not_there_or_taken_is_refused():
     note = [V.time(0), V.pitch(60), V.duration(24), V.velocity(90)]
     head = [V.BOS, V.CONDUCTOR, V.BAR, V.meter(4, 4), V.tempo(120)]
