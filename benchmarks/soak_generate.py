@@ -95,6 +95,12 @@ def random_task(rng: np.random.Generator, prompt: Prompt, max_length: int, known
     return accompaniment(prompt, parts, max_length, int(rng.integers(1, 4)), steering)
 
 
+def kind_of(task: Task | None) -> str:
+    if task is None:
+        return "from nothing"
+    return "anew" if task.anew else "parts" if task.instruments else "cells"
+
+
 def check_opens(path: Path) -> int:
     """Notes of a file, by both readers; each must open it and see as many."""
     first = sum(len(track.notes) for track in symusic.Score(path).tracks)
