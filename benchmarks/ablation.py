@@ -37,6 +37,7 @@ from meloformer.data.preprocess import preprocess
 from meloformer.device import choose_device, choose_precision
 from meloformer.errors import UserError, exit_cleanly
 from meloformer.evaluation.by_piece import bootstrap_interval, evaluate_pieces
+from meloformer.evaluation.plots import require_matplotlib
 from meloformer.files import write_atomic
 from meloformer.hid import Vocabulary
 from meloformer.model import MeloFormer
@@ -297,6 +298,25 @@ def show(table: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
+def picture(table: dict[str, dict], path: Path) -> None:
+    """A dot for each seed's difference to the default rule, a bar for the mean; best on top."""
+    from matplotlib.figure import Figure
+
+    rows = sorted((row["mean"], name) for name, row in table.items() if row["difference"] is not None)
+    figure = Figure(figsize=(7, 0.36 * len(rows) + 1.1), layout="constrained")
+    axes = figure.subplots()
+    for place, (_, name) in enumerate(reversed(rows)):
+        row = table[name]
+        base = dict(zip(table[REFERENCE]["seeds"], table[REFERENCE]["nats_per_note"]))
+        dots = [value - base[seed] for seed, value in zip(row["seeds"], row["nats_per_note"]) if seed in base]
+        axes.barh(place, row["difference"], color="#9ecae1" if row["difference"] >= 0 else "#fdae6b", height=0.6)
+        axes.plot(dots, [place] * len(dots), "o", color="#08306b", markersize=4)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(rows)), [table[name]["about"] for _, name in reversed(rows)])
+    axes.set_xlabel("nats a note more than the default rule, held out (dots: seeds)")
+    figure.savefig(path, dpi=110)
+
+
 def add_common(parser: argparse.ArgumentParser) -> None:
     """Flags of the corpus, the model and its training."""
     parser.add_argument("--output", type=Path, required=True, help="folder of the results; finished runs are kept")
@@ -332,8 +352,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--variants", default=",".join(VARIANTS), help="names, with commas: " + ", ".join(VARIANTS))
     parser.add_argument("--seeds", default="0,1,2", help="numbers, with commas; all variants of a seed run first")
+    parser.add_argument("--plot", type=Path, metavar="OUT.png", help="draw the differences to the default rule")
     add_common(parser)
     arguments = parser.parse_args()
+    if arguments.plot:
+        require_matplotlib()
     names = arguments.variants.split(",")
     for name in names:
         if name not in VARIANTS:
@@ -345,7 +368,7 @@ def main() -> None:
     output: Path = arguments.output
     output.mkdir(parents=True, exist_ok=True)
     corpus = prepare_corpus(arguments, output)
-    free = ("output", "variants", "seeds", "data_dir", "midi", "folders", "workers")
+    free = ("output", "variants", "seeds", "plot", "data_dir", "midi", "folders", "workers")
     settings = {key: value for key, value in vars(arguments).items() if key not in free} | {"data_hash": corpus.hash}
     kept = output / "settings.json"
     if kept.is_file() and json.loads(kept.read_text()) != settings:
@@ -363,6 +386,8 @@ def main() -> None:
     table = summarise(results)
     write_atomic(output / "results.json", json.dumps({"settings": settings, "variants": table}, indent=1).encode())
     print(show(table))
+    if arguments.plot:
+        picture(table, arguments.plot)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
 
 In: a trained model and its run's own data. Held-out pieces are cut into windows of `--bars` bars; every window gives
 its bars, meters, tempos, instruments and what is derived from it (`generate.py --anew`; `--no_derive`: no conditions),
-and none of its notes. Out: `real/` and `generated/` as MIDI, and report.json and report.html of `evaluate.py --generated`
-with real/ as the reference and the run's training music to find copies of.
+and none of its notes. Out: `real/` and `generated/` as MIDI, and what `evaluate.py --generated` writes, report.json and
+report.html, with real/ as the reference and the run's training music to find copies of.
 
 The surprise: the reference is the windows, not the whole pieces, because a piece of 32 bars repeats less than a song.
 """
