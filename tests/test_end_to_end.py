@@ -57,6 +57,38 @@ def path(tmp_path_factory) -> Path:
     return folder
 
 
+def test_a_model_to_pass_on(path, tmp_path):
+    """Without the optimizer; it generates, evaluates as the run does, and another run begins from it."""
+    exact, half = tmp_path / "exact", tmp_path / "half"
+    for folder, more in ((exact, []), (half, ["--half"])):
+        done = command("meloformer/export.py", "--checkpoint", path / "run", "--output", folder, *more)
+        assert done.returncode == 0 and "MB of weights" in done.stdout, done.stderr
+        assert sorted(file.name for file in folder.iterdir()) == ["config.json", "model.safetensors", "state.json"]
+    kept = "checkpoints/step_00000020/model.safetensors"
+    assert (exact / "model.safetensors").read_bytes() == (path / "run" / kept).read_bytes()
+    assert (half / "model.safetensors").stat().st_size < 0.6 * (exact / "model.safetensors").stat().st_size
+    succeed("generate.py", "--checkpoint", half, "--output", tmp_path / "out", "--num_samples", 1, "--bars", 1)
+    found = {}
+    for name, where in (("run", path / "run"), ("exact", exact), ("half", half)):
+        succeed("evaluate.py", "--checkpoint", where, "--output", tmp_path / f"{name}.json", "--device", "cpu")
+        found[name] = json.loads((tmp_path / f"{name}.json").read_text())["nats_per_note"]
+    assert found["run"] == found["exact"] != found["half"] == pytest.approx(found["run"], rel=0.01)
+    again = command("meloformer/export.py", "--checkpoint", path / "run", "--output", exact)
+    assert again.returncode == 2 and "holds a model already" in again.stderr
+    resumed = command(
+        "train.py",
+        "--data_dir",
+        path / "shards",
+        "--output_dir",
+        tmp_path / "next",
+        "--resume",
+        exact,
+        "--max_steps",
+        20,
+    )
+    assert resumed.returncode == 2 and "without its optimizer; begin from it with --init_from" in resumed.stderr
+
+
 def test_midi_in_a_model_and_new_midi_out(path):
     meta = json.loads((path / "shards" / "meta.json").read_text())
     assert meta["totals"]["pieces"] == 16

@@ -199,6 +199,8 @@ def check(folder: Path) -> None:
     """CheckpointError, naming the file, where a single byte of a checkpoint is missing or not what was written."""
     state = read_state(folder)
     expected = state.get("sha256")
+    if isinstance(expected, dict) and expected.keys() == {MODEL, STATE}:
+        raise CheckpointError(f"{folder}: an exported model, without its optimizer; begin from it with --init_from")
     if not isinstance(expected, dict) or not {MODEL, OPTIMIZER, STATE} <= expected.keys():
         raise CheckpointError(f"{folder / STATE}: names no checksums; resume from another checkpoint")
     for name, sha256 in expected.items():

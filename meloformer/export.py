@@ -1,0 +1,63 @@
+"""A trained model to pass on: `python -m meloformer.export --checkpoint runs/base --output mine [--half]`.
+
+In: a run of either family, or one of its checkpoints. Out: a folder with config.json, model.safetensors and state.json,
+which generate.py, evaluate.py and `train.py --init_from` take as they take a run; the optimizer's part, two thirds of a
+checkpoint or more, stays behind. `--half` writes the weights as bfloat16, half as large; they are read as float32.
+
+The surprise: state.json goes along, because evaluate.py takes from it which pieces were held out. `--data_dir` replaces
+where it says that the data lies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+
+from meloformer.errors import UserError, exit_cleanly
+from meloformer.files import write_atomic
+from meloformer.pretrained import CONFIG, WEIGHTS, find_pretrained
+from meloformer.training.checkpoint import MODEL, STATE, checksum, read_state, read_tensors, state_checksum
+
+
+def export(checkpoint: str, output: str | Path, half: bool = False, data_dir: str | None = None) -> int:
+    """Write the folder; returns the bytes of its weights. UserError where there is no checkpoint of a run, or where the
+    folder holds a model already."""
+    source, output = find_pretrained(checkpoint), Path(output)
+    state = read_state(source)
+    if (output / CONFIG).exists():
+        raise UserError(f"--output {output}: holds a model already; remove it first, or give another folder")
+    tensors = read_tensors(source / WEIGHTS)
+    if half:
+        tensors = {name: t.to(torch.bfloat16) if t.is_floating_point() else t for name, t in tensors.items()}
+    if data_dir is not None:
+        state["config"]["data"]["data_dir"] = data_dir
+    output.mkdir(parents=True, exist_ok=True)
+    write_atomic(output / WEIGHTS, save(tensors))
+    config = (source / CONFIG).read_bytes()
+    state["sha256"] = {MODEL: checksum(output / WEIGHTS)}
+    state["sha256"][STATE] = state_checksum(state)
+    write_atomic(output / STATE, json.dumps(state, indent=1).encode())
+    write_atomic(output / CONFIG, config)  # last: a folder with it is whole
+    return (output / WEIGHTS).stat().st_size
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m meloformer.export", description="A trained model without what only its training needs."
+    )
+    parser.add_argument("--checkpoint", required=True, help="a run (its best checkpoint is taken) or one checkpoint")
+    parser.add_argument("--output", required=True, help="folder to make")
+    parser.add_argument("--half", action="store_true", help="weights as bfloat16: half the size, a little less exact")
+    parser.add_argument("--data_dir", help="where evaluate.py will find the data (default: where the run found it)")
+    options = parser.parse_args()
+    size = export(options.checkpoint, options.output, options.half, options.data_dir)
+    print(f"{options.output}: {size / 1e6:.1f} MB of weights")
+    print(f"next: python generate.py --checkpoint {options.output} --output out/")
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)
