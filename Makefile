@@ -1,4 +1,4 @@
-# make demo | demo-fractal | test | venv | clean-demo | clean | help.   PYTHON=python3.12 chooses the interpreter of the environment.
+# make demo | demo-fractal | pretrained | test | venv | clean-demo | clean | help.   PYTHON=python3.12 chooses the interpreter of the environment.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -23,13 +23,21 @@ FRACTAL_TRAINED := $(FRACTAL)/.trained
 FRACTAL_EVALUATED := $(FRACTAL)/evaluation.json
 ROLLS := out/fractal-demo
 FRACTAL_GENERATED := $(ROLLS)/.generated
+PRE_MIDI := data/pretrained/.written
+PRE_SHARDS := processed/pretrained/meta.json
+PRE_SHORT := runs/pretrained-short
+PRE_BEGUN := $(PRE_SHORT)/.trained
+PRE := runs/pretrained
+PRE_TRAINED := $(PRE)/.trained
+PRE_EVALUATED := $(PRE)/evaluation.json
 
-.PHONY: help venv demo demo-fractal test clean-demo clean
+.PHONY: help venv demo demo-fractal pretrained test clean-demo clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo          environment, demo music, a small model trained on it, new .mid and .png files"
 	@echo "make demo-fractal  the same with piano rolls: new .mid, .png and .gif files"
+	@echo "make pretrained    the model in pretrained/ again, as runs/pretrained; an hour on two cores"
 	@echo "make test          ruff and the whole test suite"
 	@echo "make venv          only the environment, in $(VENV)"
 	@echo "make clean-demo    forget the demo's music, model and pieces"
@@ -90,6 +98,31 @@ $(FRACTAL_GENERATED): | $(FRACTAL_TRAINED)
 	    --mode conditional --prompt data/demo/d_e1m1.mid
 	@touch $@
 
+pretrained: $(PRE_EVALUATED)
+	@echo "next: $(PY) -m meloformer.export --checkpoint $(PRE) --output mine --half"
+
+$(PRE_MIDI): | $(INSTALLED)
+	$(PY) -m pip install -c constraints.txt -e ".[bach]"
+	$(PY) -m meloformer.data.demo_corpus --output $(@D)/freedoom
+	$(PY) -m meloformer.data.demo_corpus --corpus bach --output $(@D)/bach
+	@touch $@
+
+$(PRE_SHARDS): | $(PRE_MIDI)
+	$(PY) preprocess_data.py --input $(dir $(PRE_MIDI)) --output $(@D)
+
+$(PRE_BEGUN): | $(PRE_SHARDS)
+	$(PY) train.py --config configs/pretrained.yaml --data_dir $(dir $(PRE_SHARDS)) --output_dir $(PRE_SHORT) \
+	    --resume auto
+	@touch $@
+
+$(PRE_TRAINED): | $(PRE_BEGUN)
+	$(PY) train.py --config configs/pretrained_long.yaml --init_from $(PRE_SHORT) --data_dir $(dir $(PRE_SHARDS)) \
+	    --output_dir $(PRE) --resume auto
+	@touch $@
+
+$(PRE_EVALUATED): | $(PRE_TRAINED)
+	$(PY) evaluate.py --checkpoint $(PRE) --max_seq_len 4096
+
 test: $(INSTALLED)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -97,6 +130,7 @@ test: $(INSTALLED)
 
 clean-demo:
 	rm -rf data/demo $(LISTS) processed/demo $(SHORT) $(RUN) $(SAMPLES) $(FRACTAL) $(ROLLS)
+	rm -rf data/pretrained processed/pretrained $(PRE_SHORT) $(PRE)
 
 clean: clean-demo
 	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache .hypothesis
