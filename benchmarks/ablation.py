@@ -10,7 +10,7 @@ near-duplicates. Each finished run is one file in the output folder and is not r
 finished.
 
 The surprise: bars are deferred in the two variants that ask about deferring alone. The others learn and are measured
-on plain streams, so that they compare.
+on plain streams, so that they compare. No variant is given conditions.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ MUSEFORMER = [0, 1, 2, 4, 8, 12, 16, 24, 32]  # arXiv 2210.10349, section 3.2, a
 PAIRS = {"T": ["T", "P"], "P": ["T", "P"], "L": [], "V": ["V"]}  # T-T, T-P, P-P, V-V of the user's document
 # The token at a position predicts the next: T a P, P an L, L a V, V a T or P.
 PREDICTED = {"T": PAIRS["P"], "P": PAIRS["L"], "L": PAIRS["V"], "V": ["T", "P"]}
-PLAIN = {name: 0.0 for name in vars(DataConfig(data_dir="-")) if name.startswith("defer_")}
+UNTOLD = {"bare_probability": 1.0}  # no conditions
+PLAIN = UNTOLD | {name: 0.0 for name in vars(DataConfig(data_dir="-")) if name.startswith("defer_")}
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,7 @@ def run_one(name: str, seed: int, corpus: Corpus, arguments: argparse.Namespace)
         data_dir=str(corpus.path),
         max_seq_len=arguments.max_seq_len,
         validation_fraction=2 * fraction,
-        **({} if variant.deferred else PLAIN),
+        **(UNTOLD if variant.deferred else PLAIN),
     )
     config.validate()
     data.validate()
@@ -369,7 +370,8 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
     corpus = prepare_corpus(arguments, output)
     free = ("output", "variants", "seeds", "plot", "data_dir", "midi", "folders", "workers")
-    settings = {key: value for key, value in vars(arguments).items() if key not in free} | {"data_hash": corpus.hash}
+    settings = {key: value for key, value in vars(arguments).items() if key not in free}
+    settings |= {"data_hash": corpus.hash, "data": PLAIN}
     kept = output / "settings.json"
     if kept.is_file() and json.loads(kept.read_text()) != settings:
         raise UserError(f"{output}: holds results of other settings ({kept}); give them again, or another --output")

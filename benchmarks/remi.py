@@ -38,7 +38,7 @@ from benchmarks.ablation import (
     steps_of,
 )
 from meloformer.config import DataConfig, ModelConfig
-from meloformer.data import Corpus, RowPlan, Step
+from meloformer.data import Corpus, RowPlan, Step, num_targets
 from meloformer.data.draws import generator, mix
 from meloformer.device import choose_device, choose_precision
 from meloformer.errors import UserError, exit_cleanly
@@ -145,7 +145,8 @@ def remi_steps(streams: list[np.ndarray], length: int, seed: int, arguments: arg
         rows = [row for stream, start in zip(streams, starts) for row in rows_of(stream[start:], length)]
         rows = [rows[i] for i in rng.permutation(len(rows))]
         for index in range(len(rows) // size):
-            yield Step(index, list(batched(rows[index * size : (index + 1) * size], arguments.batch_size)), [])
+            micro_batches = list(batched(rows[index * size : (index + 1) * size], arguments.batch_size))
+            yield Step(index, micro_batches, [], [num_targets(batch) for batch in micro_batches])
         epoch += 1
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
+from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,13 +16,14 @@ from benchmarks import ablation
 from benchmarks.ablation import PREDICTED, REFERENCE, VARIANTS, equal_parameters, show, summarise
 from benchmarks.bar_major import BarMajorPlan, bar_major
 from benchmarks.both_sides import inner_cells, only_cells
-from benchmarks.remi import batched, rows_of
+from benchmarks.remi import batched, remi_steps, rows_of
 from meloformer.config import VISIBLE, DataConfig, ModelConfig
 from meloformer.data import Corpus, RowPlan
 from meloformer.errors import UserError
 from meloformer.evaluation.by_piece import evaluate_pieces
 from meloformer.evaluation.likelihood import evaluate_likelihood
 from meloformer.hid import Family, Vocabulary, annotate
+from meloformer.hid.controls import CONDITIONS
 from meloformer.hid.deferral import defer
 from meloformer.hid.rows import make_row
 from meloformer.model import MeloFormer
@@ -211,3 +215,32 @@ def test_rows_of_another_tokenizer_ask_for_every_token_once():
     config = ModelConfig(size="small", n_layer=1, n_head=2, d_model=32, d_ff=48, pattern="full_causal", rotary_axes=1)
     result = evaluate_likelihood(MeloFormer(config, v).eval(), batched(rows, 2))
     assert result["tokens"] == 22
+
+
+def test_a_step_of_another_tokenizer_counts_its_targets():
+    """The loop divides by what a step says that it has; such a step once could not be made at all."""
+    streams = [np.arange(50, dtype=np.int32), np.arange(30, dtype=np.int32)]
+    arguments = SimpleNamespace(batch_size=2, gradient_accumulation_steps=2)
+    step = next(remi_steps(streams, 16, 0, arguments))
+    assert [batch["tokens"].shape for batch in step.micro_batches] == [(2, 16), (2, 16)]
+    assert step.targets == [int((batch["targets"] >= 0).sum()) for batch in step.micro_batches]
+    assert 0 < step.num_targets <= 64
+
+
+@pytest.mark.parametrize("name", [REFERENCE, "deferred"])
+def test_no_variant_is_given_conditions(corpus, name, monkeypatch):
+    """REMI has no such tokens, and rows that hold them hold less music."""
+    seen = []
+    monkeypatch.setattr(ablation, "fit", lambda model, steps, *rest: seen.extend(islice(steps, 20)) or {})
+    arguments = ["--n_layer", "1", "--n_head", "1", "--d_model", "16", "--d_ff", "16", "--max_seq_len", "384"]
+    arguments += ["--held_out", "0.2"]
+    parser = argparse.ArgumentParser()
+    ablation.add_common(parser)
+    options = parser.parse_args(
+        ["--output", "-", "--device", "cpu", "--eval_rows", "1", "--held_out", "0.2", *arguments]
+    )
+    ablation.run_one(name, 0, corpus, options)
+    tokens = np.concatenate([batch["tokens"].ravel() for step in seen for batch in step.micro_batches])
+    kind = corpus.vocabulary.family_of[tokens]
+    assert not np.isin(kind, list(CONDITIONS.values())).any()
+    assert (kind == Family.MASK).any() == (name == "deferred")
