@@ -31,7 +31,7 @@ PRE := runs/pretrained
 PRE_TRAINED := $(PRE)/.trained
 PRE_EVALUATED := $(PRE)/evaluation.json
 
-.PHONY: help venv demo demo-fractal pretrained test clean-demo clean
+.PHONY: help venv demo demo-fractal pretrained test clean-demo clean-pretrained clean
 .DELETE_ON_ERROR:
 
 help:
@@ -41,7 +41,8 @@ help:
 	@echo "make test          ruff and the whole test suite"
 	@echo "make venv          only the environment, in $(VENV)"
 	@echo "make clean-demo    forget the demo's music, model and pieces"
-	@echo "make clean         that, the environment and the caches"
+	@echo "make clean-pretrained  forget what make pretrained made"
+	@echo "make clean         both, the environment and the caches"
 
 venv: $(INSTALLED)
 
@@ -128,10 +129,12 @@ test: $(INSTALLED)
 	$(PY) -m ruff format --check .
 	$(PY) -m pytest
 
-clean-demo:
-	rm -rf data/demo $(LISTS) processed/demo $(SHORT) $(RUN) $(SAMPLES) $(FRACTAL) $(ROLLS)
+clean-pretrained:
 	rm -rf data/pretrained processed/pretrained $(PRE_SHORT) $(PRE)
 
-clean: clean-demo
+clean-demo:
+	rm -rf data/demo $(LISTS) processed/demo $(SHORT) $(RUN) $(SAMPLES) $(FRACTAL) $(ROLLS)
+
+clean: clean-demo clean-pretrained
 	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

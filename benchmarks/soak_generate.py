@@ -224,15 +224,7 @@ def main() -> None:
                 done["with conditions"] += steered
                 done["guided"] += guidance != 1
                 done["tokens"] += len(sample.tokens)
-                done[
-                    "from nothing"
-                    if task is None
-                    else "anew"
-                    if task.anew
-                    else "parts"
-                    if task.instruments
-                    else "cells"
-                ] += 1
+                done[kind_of(task)] += 1
     done["seconds"] = round(time.perf_counter() - started)
     print(json.dumps(done, indent=1))
     if options.output:

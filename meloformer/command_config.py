@@ -41,7 +41,9 @@ class GenerateConfig(Settings):
         "write a new piece on the prompt's bars, meters, tempos and instruments (--bars: its first), without its notes",
     )
     prompt_bars: int | None = option(
-        None, "with continue_bars and add_instruments, read only the last so many bars", shown="as many as fit"
+        None,
+        "with continue_bars and add_instruments, read only the last so many bars",
+        shown="as many as fit; with add_instruments all",
     )
     only_new: bool = option(False, "write the new notes alone, not the prompt's")
     bars: int | None = option(None, "bars in each piece", shown=BY_MODEL)
@@ -181,6 +183,12 @@ class EvaluateConfig(Settings):
             raise UserError("--generated and --reference go together: a figure means something beside real music only")
         if self.training is not None and self.generated is None:
             raise UserError("--training is what --generated is searched for copies of; give that too")
+        own = ("data_dir", "split", "max_seq_len", "batch_size", "device", "precision", "conditions", "obedience")
+        unread = (*own, "guidance") if self.generated is not None else ("max_pieces",)
+        for name in unread:
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                other = "--checkpoint" if self.generated is not None else "--generated"
+                raise UserError(f"--{name} is not read here, it goes with {other}; leave it out")
         self.require(self.max_pieces >= 1, "max_pieces", self.max_pieces, "at least 1", "500 is the default")
         self.require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1", "1 is the default")
         pieces = self.obedience or 0

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save
 
 from meloformer.errors import UserError, exit_cleanly
-from meloformer.files import write_atomic
+from meloformer.files import make_folder, write_atomic
 from meloformer.pretrained import CONFIG, WEIGHTS, find_pretrained
 from meloformer.training.checkpoint import MODEL, STATE, checksum, read_state, read_tensors, state_checksum
 
@@ -34,8 +34,10 @@ def export(checkpoint: str, output: str | Path, half: bool = False, data_dir: st
     if half:
         tensors = {name: t.to(torch.bfloat16) if t.is_floating_point() else t for name, t in tensors.items()}
     if data_dir is not None:
+        if "data_dir" not in state["config"]["data"]:
+            raise UserError("--data_dir is of the family meloformer; this model's lists of files name its data")
         state["config"]["data"]["data_dir"] = data_dir
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     write_atomic(output / WEIGHTS, save(tensors))
     config = (source / CONFIG).read_bytes()
     state["sha256"] = {MODEL: checksum(output / WEIGHTS)}

@@ -12,6 +12,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from meloformer.errors import UserError
+
+
+def make_folder(path: str | Path) -> None:
+    """The folder and those around it, if they are not there; UserError where that cannot be."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: no folder can be made there ({error.strerror}); give another --output") from None
+
+
+def require_file(path: str | Path) -> None:
+    """UserError where no file can be written at `path`; asked before hours of work, not after."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"--output {path}: is a folder, and a file is written here; name one, such as {path / 'out'}")
+    if not path.parent.is_dir():
+        raise UserError(f"--output {path}: {path.parent} is no folder; make it first, or leave --output out")
+
 
 def sync_directory(path: str | Path) -> None:
     """Make a rename inside `path` durable."""

@@ -341,3 +341,15 @@ def test_readme_table_of_sizes():
         row = next(line for line in readme.splitlines() if line.startswith(f"| {size} |"))
         cells = [cell.strip() for cell in row.strip("|").split("|")]
         assert cells[2:] == [str(preset[name]) for name in ("n_layer", "d_model", "n_head")]
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        ("--generated a --reference b --obedience 32", "--obedience is not read here, it goes with --checkpoint"),
+        ("--generated a --reference b --split train", "--split is not read here"),
+        ("--checkpoint a --max_pieces 3", "--max_pieces is not read here, it goes with --generated"),
+    ],
+)
+def test_what_is_not_read_is_refused(words, part):
+    assert part in refusal(*words.split(), cls=EvaluateConfig)

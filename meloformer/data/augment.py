@@ -234,7 +234,8 @@ def augment(
     """Vary one window as `data` (a DataConfig) says; the result has at most max_tokens, if the window had."""
     v = tokenizer.vocabulary
     interval, loudness = 0, 1.0
-    # Every draw is made whether it is used or not: switching one augmentation off leaves the others as they were.
+    # These are made whether they are used or not: to switch one augmentation off leaves what the others choose by them
+    # as it was. Which tracks are dropped, in which order they come and which cells are deferred is drawn after them.
     draws = rng.random(4)
     pick, swing, share = rng.random(3)
     if draws[0] < data.transpose_probability:

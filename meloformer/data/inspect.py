@@ -124,7 +124,8 @@ def describe_corpus(corpus: Corpus, max_seq_len: int, max_bars: int) -> str:
 
 
 def _tracks(score: Score, segment_track: np.ndarray, conditions: np.ndarray, vocabulary: Vocabulary) -> str:
-    """One line a track: number, name, program, bars that have notes, notes, lowest and highest pitch, conditions."""
+    """One line a track: number (from 1, as generate.py counts), name, program, bars that have notes, notes, lowest and
+    highest pitch, conditions."""
     num_tracks = len(score.tracks)
     bars, notes = (
         np.bincount(segment_track, minlength=num_tracks),
@@ -138,7 +139,7 @@ def _tracks(score: Score, segment_track: np.ndarray, conditions: np.ndarray, voc
         said = _said(conditions[conditions[:, TRACK] == i], vocabulary)
         what = (said.get(name, "") for name in ("role", "density", "polyphony"))
         rows.append(
-            (str(i), name[:40], program, f"{bars[i]:,}", f"{notes[i]:,}", f"{pitches.min()}-{pitches.max()}", *what)
+            (str(i + 1), name[:40], program, f"{bars[i]:,}", f"{notes[i]:,}", f"{pitches.min()}-{pitches.max()}", *what)
         )
     return table(("track", "name", "program", "bars", "notes", "pitches", "role", "density", "polyphony"), rows)
 

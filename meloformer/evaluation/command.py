@@ -34,7 +34,7 @@ from meloformer.evaluation import conditions, obedience
 from meloformer.evaluation.baselines import evaluate_baselines
 from meloformer.evaluation.by_piece import evaluate_pieces
 from meloformer.evaluation.compare import compare
-from meloformer.files import write_atomic
+from meloformer.files import require_file, write_atomic
 from meloformer.model import MeloFormer
 from meloformer.pretrained import find_pretrained
 from meloformer.training.checkpoint import read_state
@@ -46,12 +46,10 @@ def run(config: EvaluateConfig) -> dict:
     """Evaluate, print the table, write the file; returns what was written."""
     if config.generated:
         return compare(config)
-    given = conditions.subsets(config.conditions) if config.conditions else {}
     folder = find_pretrained(config.checkpoint)
     state = read_state(folder)
     output = Path(config.output) if config.output else run_folder(folder) / EVALUATION
-    if not output.parent.is_dir():
-        raise UserError(f"--output {output}: {output.parent} is no folder; make it first, or leave --output out")
+    require_file(output)
 
     saved = {**state["config"]["data"], **({"data_dir": config.data_dir} if config.data_dir else {})}
     if config.max_seq_len:
@@ -61,6 +59,7 @@ def run(config: EvaluateConfig) -> dict:
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
     model = MeloFormer.from_pretrained(folder, corpus.vocabulary).to(device)
+    given = conditions.subsets(config.conditions, model.conditions) if config.conditions else {}
     plan = RowPlan(corpus, data, split=config.split, augment=False)
     if plan.num_rows == 0:
         raise UserError(

@@ -25,8 +25,9 @@ from meloformer.hid.controls import CONDITIONS
 NONE, EACH, ALL = "none", "each", "all"
 
 
-def subsets(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """The subsets to compare, by what they are called; UserError for a name that is no condition.
+def subsets(names: Sequence[str], known: Sequence[str] = tuple(CONDITIONS)) -> dict[str, tuple[str, ...]]:
+    """The subsets to compare, by what they are called; UserError for a name that is no condition, or none of those
+    that the model was trained with (`known`).
 
     >>> list(subsets(["key", "chords"]))
     ['none', 'key+chords']
@@ -37,13 +38,15 @@ def subsets(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
     for name in names:
         if name not in (*CONDITIONS, NONE, EACH, ALL):
             raise UserError(f"conditions is {name!r}, must be of {', '.join(CONDITIONS)}, or all, each or none")
+        if not known or (name in CONDITIONS and name not in known):
+            raise UserError(f"conditions: the model was trained without {name} and knows {', '.join(known) or 'none'}")
     alone = [name for name in names if name in CONDITIONS]
     if alone:
         found["+".join(alone)] = tuple(alone)
     if EACH in names:
-        found |= {name: (name,) for name in CONDITIONS}
+        found |= {name: (name,) for name in known}
     if ALL in names or EACH in names:
-        found[ALL] = tuple(CONDITIONS)
+        found[ALL] = tuple(known)
     return found
 
 

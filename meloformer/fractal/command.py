@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from meloformer.device import choose_device
 from meloformer.errors import UserError
+from meloformer.files import make_folder
 from meloformer.fractal.model import FractalMIDI
 from meloformer.fractal.pictures import can_draw, require_pictures, write_gif, write_png
 from meloformer.fractal.request import FractalGenerateConfig
@@ -80,7 +81,7 @@ def run(config: FractalGenerateConfig) -> None:
         print(task.note)
     if not can_draw():
         print("no pictures: they need matplotlib and Pillow (pip install matplotlib pillow)")
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     record = {"settings": config.to_dict(), "prompt": config.prompt, "note": task.note, "samples": []}
     seconds = 0.0
     rounds = rounds_of(model, config, len(task.keep))

@@ -23,7 +23,7 @@ from meloformer.device import choose_device, choose_precision
 from meloformer.errors import UserError
 from meloformer.evaluation.command import EVALUATION, run_folder
 from meloformer.evaluation.likelihood import split_batches
-from meloformer.files import write_atomic
+from meloformer.files import require_file, write_atomic
 from meloformer.fractal.config import FractalData, FractalEvaluateConfig
 from meloformer.fractal.dataset import RollCorpus, RollPlan
 from meloformer.fractal.likelihood import evaluate_likelihood
@@ -38,8 +38,7 @@ def run(config: FractalEvaluateConfig) -> dict:
     model = FractalMIDI.from_pretrained(folder)
     state = read_state(folder)
     output = Path(config.output) if config.output else run_folder(folder) / EVALUATION
-    if not output.parent.is_dir():
-        raise UserError(f"--output {output}: {output.parent} is no folder; make it first, or leave --output out")
+    require_file(output)
     data = FractalData.from_dict(state["config"]["data"], f"{folder}: data")
     held_out = config.data or data.val_data
     if held_out is None:

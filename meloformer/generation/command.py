@@ -17,6 +17,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,8 @@ from meloformer.command_config import GenerateConfig
 from meloformer.device import choose_device
 from meloformer.errors import UserError
 from meloformer.evaluation.plots import piano_roll, require_matplotlib
-from meloformer.generation.engine import Sample, generate
+from meloformer.files import make_folder
+from meloformer.generation.engine import Sample, begin, generate
 from meloformer.generation.prompt import (
     Prompt,
     Task,
@@ -84,12 +86,14 @@ def run(config: GenerateConfig) -> None:
     prompts = (Prompt(path, model.vocabulary, derived, model.tags) for path in paths)
     tasks = [plan(config, prompt, steering, max_length) for prompt in prompts]
     jobs = [Job(task.request, group, task) for task, group in zip(tasks, names)] or [Job(request, names[0])]
+    for job in jobs:
+        begin(model, job.request, max_length, config.guidance)
     for task in tasks:
         if task.note:
             print(task.note)
         if task.told:
             print(f"{task.prompt.path}: the model is told {task.told}")
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     for job in jobs:
         samples, seconds = _generate(model, job, config, max_length)
         changes = [_write(job, name, sample, config, synthesizer) for name, sample in zip(job.names, samples)]
@@ -279,10 +283,9 @@ def plan(config: GenerateConfig, prompt: Prompt, steering: Steering, max_length:
 
 def _names(config: GenerateConfig, paths: list[str]) -> list[list[str]]:
     """Names of the files of each prompt; prompts of one name are told apart by a number."""
-    seen: Counter = Counter()
-    heads = []
+    heads: list[str] = []
     for path in paths:
         stem = Path(path).stem
-        seen[stem] += 1
-        heads.append(f"{stem}_" if seen[stem] == 1 else f"{stem}_{seen[stem]}_")
+        numbered = (f"{stem}_{number}_" for number in count(2))
+        heads.append(next(head for head in chain([f"{stem}_"], numbered) if head not in heads))
     return [[f"{head}seed{config.seed}_{i:03d}" for i in range(config.num_samples)] for head in heads or [""]]

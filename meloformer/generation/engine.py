@@ -22,7 +22,7 @@ from meloformer.errors import UserError
 from meloformer.generation.guidance import GuidedSession, begin_guided, has_conditions
 from meloformer.generation.on_device import DIVERGED, write_on_device
 from meloformer.generation.request import ConstrainedState, Request
-from meloformer.generation.sampling import Sampling, choose
+from meloformer.generation.sampling import NonFiniteLogits, Sampling, choose
 from meloformer.generation.tensor_state import covers
 from meloformer.hid import Annotations, Tokenizer
 from meloformer.hid.rows import make_row, stack_rows
@@ -63,8 +63,7 @@ def generate(
     """
     sampling = sampling or Sampling()
     max_length = max_length or model.max_seq_len
-    request.steering.require_known(model.conditions)
-    start = ConstrainedState(model.vocabulary, request, max_length, model.tags)
+    start = begin(model, request, max_length, guidance)
     prompt = np.array(start.forced_prefix())
     # Every sample begins alike: what they share is read once, and each batch branches off it.
     room = max_length, max_length // SEGMENT_LENGTH + 1
@@ -73,10 +72,6 @@ def generate(
         row = make_row([prompt], model.vocabulary, len(prompt), max_segments=1 + len(prompt) // SEGMENT_LENGTH)
         logits = session.prefill(stack_rows([row]))
     else:
-        if not has_conditions(request, model.vocabulary):
-            raise UserError(
-                "guidance needs a condition to go by, such as --key, --chords or --density; give one, or leave it out"
-            )
         session, logits = begin_guided(model, prompt, *room, guidance)
     tokenizer = Tokenizer(model.vocabulary)
     write = write_on_device if guidance == 1 and stays_on_device(model.device, request) else _write
@@ -89,6 +84,16 @@ def generate(
             tokens = np.array(tokens, dtype=np.uint16)
             samples.append(Sample(index, tokens, tokenizer.decode(tokens), hit_limit))
     return samples
+
+
+def begin(model: MeloFormer, request: Request, max_length: int, guidance: float = 1.0) -> ConstrainedState:
+    """The state that a request's streams begin in; UserError where the request cannot be honoured."""
+    request.steering.require_known(model.conditions)
+    if guidance != 1 and not has_conditions(request, model.vocabulary):
+        raise UserError(
+            "guidance needs a condition to go by, such as --key, --chords or --density; give one, or leave it out"
+        )
+    return ConstrainedState(model.vocabulary, request, max_length, model.tags)
 
 
 def stays_on_device(device: torch.device, request: Request) -> bool:
@@ -106,6 +111,8 @@ def _write(
 ) -> list[tuple[list[int], bool]]:
     """Tokens and `hit_limit` of a stream for each seed, all written on from `start`, where the root's one stream
     stands; logits (1, V) of what follows."""
+    if start.is_finished:
+        return [(start.tokens, start.hit_limit) for _ in seeds]
     session, streams = root.branch([0] * len(seeds)), [start.branch() for _ in seeds]
     logits = logits.cpu().numpy().repeat(len(seeds), axis=0)
     draws = [np.random.default_rng(seed) for seed in seeds]
@@ -117,7 +124,7 @@ def _write(
         for row, i in enumerate(active):
             try:
                 token = choose(logits[row], streams[i].allowed(), draws[i].random(), sampling, family_of)
-            except ValueError:
+            except NonFiniteLogits:
                 raise UserError(DIVERGED) from None
             annotations.append(streams[i].push(token))
             tokens.append(token)

@@ -150,8 +150,8 @@ class Prompt:
             head, *bars = np.split(piece, np.flatnonzero(piece == v.BAR))
             bars += [np.array([v.BAR])] * (max(chosen, default=-1) + 1 - len(bars))
             parts += [head, *([v.BAR, v.MASK] if bar in chosen else cell for bar, cell in enumerate(bars))]
-        bars = [bar for _, bar in masked] or [first, last - 1]
-        frame = Frame(first, last, min(bars), max(bars) + 1, tracks, adds_parts)
+        bars = sorted({bar for _, bar in masked}) or range(first, last)
+        frame = Frame(first, last, bars, tracks, adds_parts)
         rows = prompt_rows(self.derived, score, frame, steering.controls(v, self.tags))
         return insert(np.concatenate(parts).astype(np.uint16), rows, v), tracks
 
@@ -348,6 +348,8 @@ def _task(
     max_length: int,
     without_tracks: bool = False,
 ) -> Task:
+    if steering.end and last < prompt.num_bars and not without_tracks:
+        raise UserError(f"end: the model reads {prompt.path} up to bar {last} of {prompt.num_bars}; leave it out")
     if steering.begin and first > 0:
         raise UserError(f"begin: the model reads {prompt.path} from bar {first + 1} on; leave it out")
     tokens, tracks = prompt.stream(first, last, masked, steering, bool(instruments), without_tracks)

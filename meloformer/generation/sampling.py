@@ -41,6 +41,10 @@ class Sampling:
     by_family: Mapping[int, float] = field(default_factory=dict)
 
 
+class NonFiniteLogits(ValueError):
+    """Logits of tokens to choose from are inf or nan."""
+
+
 def choose(
     logits: np.ndarray,
     allowed: np.ndarray,
@@ -48,7 +52,7 @@ def choose(
     sampling: Sampling,
     family_of: np.ndarray | None = None,
 ) -> int:
-    """One allowed token of (V,) logits; ValueError where the logits of the allowed tokens are not finite.
+    """One allowed token of (V,) logits; NonFiniteLogits where the logits of the allowed tokens are not finite.
 
     family_of: (V,), the vocabulary's; read where the sampling has temperatures by family.
     """
@@ -57,7 +61,7 @@ def choose(
         return int(choices[0])
     scores = logits[choices].astype(np.float64)
     if not np.isfinite(scores).all():
-        raise ValueError("the model's logits are not finite")
+        raise NonFiniteLogits("the model's logits are not finite")
     scores = _tempered(scores, sampling, None if family_of is None else family_of[choices])
     order = np.argsort(-scores, kind="stable")
     if sampling.temperature == 0 and not sampling.by_family:

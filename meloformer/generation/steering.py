@@ -22,6 +22,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -193,13 +194,14 @@ class Controls:
     def density_in(self, bar: int) -> list[int]:
         return [self.densities[bar % len(self.densities)]] if self.densities else []
 
-    def chords_in(self, bar: int, ticks: int) -> list[tuple[int, int]]:
-        """(tick, token) of the chords that begin in a bar, less those that only go on."""
+    def chords_in(self, bar: int, ticks: int, restate: bool = False) -> list[tuple[int, int]]:
+        """(tick, token) of the chords that begin in a bar, less those that only go on; `restate`: the one in force at
+        its beginning too."""
         found = []
         for half in (0, 1) if self.chords else ():
             turn, rest = divmod(2 * bar + half, self.halves)
             chord, before = (self.chords[i % len(self.chords)] for i in (turn, turn - 1))
-            if not rest and (turn == 0 or chord != before):
+            if (not rest and (turn == 0 or chord != before)) or (restate and half == 0):
                 found.append((half * ticks // 2, chord))
         return found
 
@@ -235,13 +237,13 @@ def find_tag(name: str, tags: Sequence[str]) -> int:
 
 @dataclass(frozen=True)
 class Frame:
-    """Where in a prompt's score the new notes will stand: the bars that are read, those that chords and bar densities
-    are asked for, and the tracks that are read; `adds_parts` where the new notes are parts of their own."""
+    """Where in a prompt's score the new notes will stand: the bars [first, last) that are read, those of them that
+    chords and bar densities are asked for, in order, and the tracks that are read; `adds_parts` where the new notes are
+    parts of their own."""
 
     first: int
     last: int
-    low: int
-    high: int
+    bars: Sequence[int]
     tracks: Sequence[int]
     adds_parts: bool = False
 
@@ -271,7 +273,8 @@ def prompt_rows(derived: np.ndarray, score: Score, frame: Frame, controls: Contr
     for is_asked, which in ((controls.chords, Family.CHORD), (controls.densities, Family.BAR_DENSITY)):
         rows = derived[family == which]
         if is_asked:
-            groups += [_part(rows, frame.first, frame.low, frame), _part(rows, frame.high, end, frame)]
+            edges = [frame.first - 1, *frame.bars, end]
+            groups += [_part(rows, before + 1, bar, frame) for before, bar in pairwise(edges)]
         elif which == Family.CHORD and frame.last == end:
             groups.append(_part(rows, frame.first, end, frame))
     rows = control_rows(np.concatenate([*groups, np.array(asked, dtype=np.int64).reshape(-1, 4)]))
@@ -291,15 +294,17 @@ def _part(rows: np.ndarray, first: int, last: int, frame: Frame) -> np.ndarray:
 
 def _rows_of_bars(controls: Controls, score: Score, frame: Frame) -> list[tuple[int, int, int, int]]:
     """The chords and bar densities that are asked for; UserError where they do not fit the frame's bars."""
-    controls.require_bars(frame.high - frame.low)
+    controls.require_bars(len(frame.bars))
     lines = replace(score, num_bars=frame.last).bar_lines()
-    rows = []
-    for number, bar in enumerate(range(frame.low, frame.high)):
+    rows, before = [], -2
+    for number, bar in enumerate(frame.bars):
         numerator = score.meters["numerator"][np.searchsorted(score.meters["tick"], lines[bar], side="right") - 1]
         controls.require_meter(numerator)
         at = bar - frame.first
         rows += [(-1, at, -1, token) for token in controls.density_in(number)]
-        rows += [(-1, at, tick, token) for tick, token in controls.chords_in(number, int(lines[bar + 1] - lines[bar]))]
+        chords = controls.chords_in(number, int(lines[bar + 1] - lines[bar]), restate=bar != before + 1)
+        rows += [(-1, at, tick, token) for tick, token in chords]
+        before = bar
     return rows
 
 

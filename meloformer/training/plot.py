@@ -21,7 +21,7 @@ import numpy as np
 
 from meloformer.errors import UserError, exit_cleanly
 from meloformer.evaluation.plots import COLOURS, INK, RULE, require_matplotlib
-from meloformer.files import write_atomic
+from meloformer.files import require_file, write_atomic
 from meloformer.training.logging import METRICS
 
 SMOOTHING = 0.03  # of a curve's length: the width of its moving average
@@ -136,8 +136,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help=f"picture to write (default: {CURVES} in the first run's folder)")
     arguments = parser.parse_args()
     output = arguments.output or arguments.runs[0] / CURVES
-    if not output.parent.is_dir():
-        raise UserError(f"{output.parent}: no such folder; make it first, or leave --output out")
+    require_file(output)
     plot(arguments.runs, output)
     print(output)
 

@@ -37,8 +37,8 @@ def test_a_file_shows_its_tracks_and_what_the_grid_would_lose(tmp_path):
     write_midi(Score(480, [Track(40, name="Fiddle\x07"), Track(0, True)], note_table(notes)), tmp_path / "a.mid")
     text = describe_file(tmp_path / "a.mid", 24)
     assert words(text, str(tmp_path))[1:7] == ["5", "notes,", "3", "bars,", "34", "tokens,"]
-    assert words(text, "0 ") == ["0", "Fiddle?", "40", "Violin", "2", "3", "60-64", "melody", "1", "1"]
-    assert words(text, "1    ") == ["1", "drums", "1", "2", "36-36", "drums", "1"]
+    assert words(text, "1      Fiddle?") == ["1", "Fiddle?", "40", "Violin", "2", "3", "60-64", "melody", "1", "1"]
+    assert words(text, "2    ") == ["2", "drums", "1", "2", "36-36", "drums", "1"]
     assert words(text, "1  durations cut")[0] == "1"
     assert words(text, "key")[-4:] == ["density", "1", "of", "10"]
     assert words(text, "chords")[:5] == ["chords,", "by", "bar", "|", "1:"]

@@ -16,12 +16,12 @@ from miditoolkit import MidiFile
 from meloformer.command_config import GenerateConfig
 from meloformer.errors import UserError
 from meloformer.generation import Request, Sampling, generate
-from meloformer.generation.command import read_request, run
+from meloformer.generation.command import _names, read_request, run
 from meloformer.generation.request import ConstrainedState
 from meloformer.generation.sampling import choose
 from meloformer.generation.sound import Synthesizer
 from meloformer.hid import Tokenizer
-from meloformer.midi import read_score, write_midi
+from meloformer.midi import Score, Track, note_table, read_score, write_midi
 from tests.hid.streams import VOCABULARY
 from tests.model.music import tiny_model
 from tests.training.small import small_score
@@ -169,6 +169,42 @@ def test_the_command_writes_midi_pictures_and_a_report(checkpoint, tmp_path, cap
     with pytest.raises(UserError, match="there already"):
         run(config(checkpoint, tmp_path))
     assert (out / "seed0_000.mid").read_bytes() == before
+
+
+def test_prompts_of_one_name_do_not_write_over_each_other():
+    """song.mid twice and a song_2.mid: the number of the second song made it the third one's namesake."""
+    settings = GenerateConfig(checkpoint="-", output="-", num_samples=1)
+    names = _names(settings, ["a/song.mid", "b/song_2.mid", "c/song.mid", "d/song.mid"])
+    assert names == [["song_seed0_000"], ["song_2_seed0_000"], ["song_3_seed0_000"], ["song_4_seed0_000"]]
+    assert _names(settings, []) == [["seed0_000"]]
+
+
+def test_a_bad_task_in_a_list_costs_nothing(checkpoint, tmp_path):
+    """The second prompt has no bass to describe; the first one's piece was written before that was said."""
+    paths = [tmp_path / "with.mid", tmp_path / "without.mid"]
+    for path, instruments in zip(paths, ([0, 33], [0, 40])):
+        notes = note_table([(track, 0, 9, 60, 60) for track in range(2)])
+        write_midi(Score(24, [Track(i) for i in instruments], notes), path)
+    (tmp_path / "list.txt").write_text("".join(f"{path}\n" for path in paths))
+    asked = {"prompts_file": str(tmp_path / "list.txt"), "anew": True, "bars": None, "derive": False}
+    with pytest.raises(UserError, match="Electric Bass"):
+        run(config(checkpoint, tmp_path, track=["program=33"], **asked))
+    with pytest.raises(UserError, match="guidance needs a condition"):
+        run(config(checkpoint, tmp_path, guidance=2.0, **asked))
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(UserError, match="no folder can be made there"):
+        run(config(checkpoint, tmp_path, **asked))
+
+
+def test_a_request_without_a_choice_left_needs_no_model():
+    """One bar to fill and just the room to close it: that was called a damaged checkpoint."""
+    tokenizer = Tokenizer(VOCABULARY)
+    score = Score(24, [Track(0)], note_table([(0, 0, 9, 60, 60), (0, 96, 9, 60, 60)]))
+    deferred = tokenizer.defer(tokenizer.encode(score), [(0, 1)])
+    head = deferred[: np.flatnonzero(deferred == VOCABULARY.FILL)[0]]
+    (sample,) = generate(tiny_model(), Request(given=head), max_length=len(head) + 2)
+    assert sample.tokens.tolist() == [*head.tolist(), VOCABULARY.FILL, VOCABULARY.EOS]
 
 
 @pytest.mark.parametrize(

@@ -440,6 +440,24 @@ def test_flags_become_conditions(tmp_path):
             read_request(flags)
 
 
+def test_bars_between_rewritten_ones_keep_their_chords(song):
+    """Bars 1 and 4 anew: what is asked for goes on from one to the other, and bars 2 and 3 are as they were."""
+    prompt = Prompt(song, VOCABULARY, CONDITIONS)
+    cells = frozenset({(0, 0), (1, 3)})
+    whole = text_of(rewriting(prompt, cells, 900))
+    asked = text_of(rewriting(prompt, cells, 900, Steering(chords="F# B")))
+    bars = [text.split(" BAR")[1:] for text in (part.split("INSTRUMENT")[0] for part in (whole, asked))]
+    assert "CHORD_F#_maj" in bars[1][0] and "CHORD_B_maj" in bars[1][3]
+    assert "CHORD" in bars[1][1] and "F#" not in bars[1][1]
+    assert [bar.split() for bar in bars[1][1:3]] == [bar.split() for bar in bars[0][1:3]]
+
+
+def test_an_end_is_not_asked_for_where_the_piece_goes_on(song):
+    prompt = Prompt(song, VOCABULARY)
+    with pytest.raises(UserError, match=f"end: the model reads .* of {prompt.num_bars}; leave it out"):
+        rewriting(prompt, frozenset({(0, 0)}), 90, Steering(end=True))
+
+
 def test_the_command_steers_and_reports(song, tmp_path, capsys):
     model = steerable()
     model.save_pretrained(tmp_path / "checkpoint")
