@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -193,11 +194,16 @@ class CorpusWriter:
 
     def finish(self) -> dict:
         """Write the last shard, the index and meta.json; returns what meta.json holds."""
-        if self._shard is not None:
-            self._flush()
+        with ThreadPoolExecutor(1) as other:  # the last shard is written while its pieces are compared
+            columns = self._columns("content_hash", "shingle_offsets", "shingles")
+            clusters = other.submit(self._clusters, columns)
+            if self._shard is not None:
+                self._flush()
+            clusters = clusters.result()
         state = self.state
         self._rejected.flush()
-        index_sha256, num_clusters = self._write_index()
+        index_sha256 = self._write_index(clusters)
+        num_clusters = len(distinct(clusters))
         sizes = sorted(map(int, state.lengths))
         totals = {
             name: state.totals[name] for name in ("files", "pieces", "notes", "tokens", "bars", "segments", "tracks")
@@ -228,23 +234,28 @@ class CorpusWriter:
             self.journal.remove()
         return meta
 
-    def _write_index(self) -> tuple[str, int]:
-        contents = np.concatenate([np.zeros(0, np.uint64), *(e.arrays["content_hash"] for e in self.journal.entries())])
-        clusters = cluster(contents, self._shingles(), self.journal.work())
+    def _columns(self, *names: str) -> list[list[np.ndarray]]:
+        """Of every entry, also of the one that is not finished yet, these columns."""
+        columns = [[entry.arrays[name] for name in names] for entry in self.journal.entries()]
+        if self._entry is not None:
+            columns.append([self._entry.values(name) for name in names])
+        return columns
+
+    def _clusters(self, columns: list[list[np.ndarray]]) -> np.ndarray:
+        contents = np.concatenate([np.zeros(0, np.uint64), *(content for content, _, _ in columns)])
+        work = self.journal.work()
+        clusters = cluster(contents, _shingles(columns), work)
+        work.rmdir()
+        return clusters
+
+    def _write_index(self, clusters: np.ndarray) -> str:
         writer = ArrayWriter(self.output / INDEX, INDEX_DTYPES)
         for name in INDEX_DTYPES:
             for entry in self.journal.entries():
                 if name != "cluster":
                     writer.append(name, entry.arrays[name])
         writer.append("cluster", clusters)
-        self.journal.work().rmdir()
-        return writer.close({"format": FORMAT_VERSION})[0], len(distinct(clusters))
-
-    def _shingles(self) -> Iterator[np.ndarray]:
-        for entry in self.journal.entries():
-            offsets, shingles = entry.arrays["shingle_offsets"], entry.arrays["shingles"]
-            for first, last in zip(offsets[:-1].tolist(), offsets[1:].tolist()):
-                yield shingles[first:last]
+        return writer.close({"format": FORMAT_VERSION})[0]
 
     def first_rejected(self) -> tuple[str, str]:
         """Name and detail."""
@@ -257,3 +268,10 @@ class CorpusWriter:
         """Take back what was begun."""
         self.journal.remove()
         (self.output / REJECTED).unlink(missing_ok=True)
+
+
+def _shingles(columns: list[list[np.ndarray]]) -> Iterator[np.ndarray]:
+    """Those of each piece, of the columns content_hash, shingle_offsets, shingles of all entries."""
+    for _, offsets, shingles in columns:
+        for first, last in zip(offsets[:-1].tolist(), offsets[1:].tolist()):
+            yield shingles[first:last]
