@@ -13,7 +13,7 @@ gets an entry; `finish` writes the index with its clusters and, last, meta.json.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -195,8 +195,9 @@ class CorpusWriter:
     def finish(self) -> dict:
         """Write the last shard, the index and meta.json; returns what meta.json holds."""
         with ThreadPoolExecutor(1) as other:  # the last shard is written while its pieces are compared
-            columns = self._columns("content_hash", "shingle_offsets", "shingles")
-            clusters = other.submit(self._clusters, columns)
+            names = ("content_hash", "shingle_offsets", "shingles") if self._entry is not None else ()
+            last = {name: self._entry.values(name) for name in names}
+            clusters = other.submit(self._clusters, self.journal.num_entries, last)
             if self._shard is not None:
                 self._flush()
             clusters = clusters.result()
@@ -234,17 +235,17 @@ class CorpusWriter:
             self.journal.remove()
         return meta
 
-    def _columns(self, *names: str) -> list[list[np.ndarray]]:
-        """Of every entry, also of the one that is not finished yet, these columns."""
-        columns = [[entry.arrays[name] for name in names] for entry in self.journal.entries()]
-        if self._entry is not None:
-            columns.append([self._entry.values(name) for name in names])
-        return columns
+    def _clusters(self, finished: int, last: dict[str, np.ndarray]) -> np.ndarray:
+        """(pieces,) uint64 cluster ids; `last` are columns of the entry that follows on so many finished ones."""
 
-    def _clusters(self, columns: list[list[np.ndarray]]) -> np.ndarray:
-        contents = np.concatenate([np.zeros(0, np.uint64), *(content for content, _, _ in columns)])
+        def columns() -> Iterator[Mapping[str, np.ndarray]]:  # one entry at a time: together they are large
+            yield from (self.journal.entry(number).arrays for number in range(finished))
+            if last:
+                yield last
+
         work = self.journal.work()
-        clusters = cluster(contents, _shingles(columns), work)
+        contents = np.concatenate([np.zeros(0, np.uint64), *(entry["content_hash"] for entry in columns())])
+        clusters = cluster(contents, _shingles(columns()), work)
         work.rmdir()
         return clusters
 
@@ -270,8 +271,9 @@ class CorpusWriter:
         (self.output / REJECTED).unlink(missing_ok=True)
 
 
-def _shingles(columns: list[list[np.ndarray]]) -> Iterator[np.ndarray]:
-    """Those of each piece, of the columns content_hash, shingle_offsets, shingles of all entries."""
-    for _, offsets, shingles in columns:
+def _shingles(entries: Iterable[Mapping[str, np.ndarray]]) -> Iterator[np.ndarray]:
+    """Those of each piece."""
+    for entry in entries:
+        offsets, shingles = entry["shingle_offsets"], entry["shingles"]
         for first, last in zip(offsets[:-1].tolist(), offsets[1:].tolist()):
             yield shingles[first:last]
