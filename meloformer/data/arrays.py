@@ -17,9 +17,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from queue import Queue
+from threading import Thread
 
 import numpy as np
 
@@ -89,8 +92,7 @@ class ArrayWriter:
         text = _compact(header).encode()
         text += b" " * (-len(text) % 8)
         try:
-            with atomic_file(self.path) as file:
-                hashed = _Hashing(file)
+            with atomic_file(self.path) as file, _Hashing(file) as hashed:
                 hashed.write(len(text).to_bytes(8, "little") + text)
                 for name in names:
                     self._files[name].seek(0)
@@ -98,6 +100,14 @@ class ArrayWriter:
         finally:
             self.discard()
         return hashed.digest.hexdigest(), 8 + len(text) + at
+
+    def values(self, name: str) -> np.ndarray:
+        """What was appended to a column so far; a copy."""
+        self._write_single(name)
+        self._files[name].seek(0)  # what waits in memory is written first
+        values = np.fromfile(self._files[name], self.dtypes[name], self._lengths[name])
+        self._files[name].seek(0, os.SEEK_END)
+        return values
 
     def discard(self) -> None:
         """Forget what was appended."""
@@ -108,12 +118,32 @@ class ArrayWriter:
 
 
 class _Hashing:
+    """Writes to a file; `digest`, complete when the block is left, is worked out by a thread meanwhile.
+
+    Hashing takes as long as writing, both let go of the interpreter, and at the end of a corpus no worker wants the
+    second core.
+    """
+
     def __init__(self, file):
         self.file, self.digest = file, hashlib.sha256()
+        self._chunks: Queue[bytes] = Queue(maxsize=8)
+        self._thread = Thread(target=self._hash, daemon=True)
+
+    def _hash(self) -> None:
+        while chunk := self._chunks.get():
+            self.digest.update(chunk)
 
     def write(self, data: bytes) -> None:
-        self.digest.update(data)
+        self._chunks.put(data)
         self.file.write(data)
+
+    def __enter__(self) -> _Hashing:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._chunks.put(b"")
+        self._thread.join()
 
 
 def _compact(value: dict) -> str:

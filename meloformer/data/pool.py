@@ -34,7 +34,8 @@ try:
 except ImportError:  # Windows
     resource = None
 
-BATCH = 8  # tasks handed out at once; a worker has up to two batches, so that it never waits for the parent
+BATCH = 8  # tasks handed out at once, and results handed back: a parent woken for each takes its core from a worker
+BATCHES = 2  # that a worker has, so that it never waits for the parent
 WINDOW = 64  # tasks a worker by which the fastest may run ahead of the slowest
 STARTS = 3  # what kills a worker, such as a system short of memory, may kill the next as it starts
 OUT_OF_MEMORY = 77  # exit status of a worker
@@ -94,19 +95,25 @@ def _set_alarm(seconds: float) -> None:
         signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
-def _serve(connection: Connection, factory: Callable, argument: Any, timeout: float, memory: int) -> None:
-    """A worker: batches of (number, task) come in, (number, result) go out one by one, until the pipe closes."""
+def _serve(connection: Connection, done: Any, factory: Callable, argument: Any, timeout: float, memory: int) -> None:
+    """A worker: batches of (number, task) come in, of (number, result) go out, until the pipe closes.
+
+    `done` is memory shared with the parent: how many tasks of the batch at hand have a result.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     call = factory(argument)
     _limit_memory(memory)
     try:
         connection.send(None)
         while True:
+            results = []
             for number, task in connection.recv():
                 _set_alarm(timeout)
-                result = call(task)
+                results.append((number, call(task)))
                 _set_alarm(0)
-                connection.send((number, result))
+                done.value += 1
+            done.value = 0  # before the parent can give out what comes next
+            connection.send(results)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the parent is done, or gone
     except MemoryError:
@@ -116,10 +123,11 @@ def _serve(connection: Connection, factory: Callable, argument: Any, timeout: fl
 class _Worker:
     def __init__(self, context, arguments: tuple):
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, *arguments), daemon=True)
+        self._done = context.RawValue("l", 0)
+        self.process = context.Process(target=_serve, args=(theirs, self._done, *arguments), daemon=True)
         self.process.start()
         theirs.close()  # so that the pipe closes when the process ends
-        self.waiting: deque[tuple[int, Any]] = deque()  # given out and not answered; the first is being worked on
+        self.waiting: deque[list[tuple[int, Any]]] = deque()  # batches not answered; the first is being worked on
 
     def await_start(self) -> None:
         try:
@@ -132,18 +140,24 @@ class _Worker:
             ) from None
 
     def give(self, batch: list[tuple[int, Any]]) -> None:
-        self.waiting.extend(batch)
+        self.waiting.append(batch)
         with suppress(BrokenPipeError, ConnectionResetError):  # it died meanwhile; reading from it will tell
             self.connection.send(batch)
 
-    def receive(self) -> tuple[int, Any] | None:
-        """(number, result), or None if the process has ended."""
+    def receive(self) -> list[tuple[int, Any]] | None:
+        """(number, result) of the tasks of a batch, or None if the process has ended."""
         try:
-            answer = self.connection.recv()
-        except (EOFError, ConnectionResetError):
+            results = self.connection.recv()
+        except (EOFError, OSError):  # OSError: it ended half-way through what it had to say
             return None
         self.waiting.popleft()
-        return answer
+        return results
+
+    def split(self) -> tuple[list[tuple[int, Any]], list[tuple[int, Any]]]:
+        """Of a process that has ended: the task that it was at, if any, and the others that have no result here."""
+        tasks = [task for batch in self.waiting for task in batch]
+        at = self._done.value
+        return tasks[at : at + 1], tasks[:at] + tasks[at + 1 :]
 
     def end(self) -> int | None:
         """Stop, and the exit status: negative for a signal."""
@@ -174,6 +188,7 @@ class Pool:
     def __exit__(self, *_) -> None:
         for worker in self._workers:
             worker.process.kill()  # whatever it does now is not wanted
+        for worker in self._workers:
             worker.end()
         self._selector.close()
 
@@ -189,7 +204,7 @@ class Pool:
         first = given = 0  # the next to yield, and the next of `tasks`
         while True:
             for worker in self._workers:
-                while not suspects and len(worker.waiting) <= BATCH:
+                while not suspects and len(worker.waiting) < BATCHES:
                     room = max(min(BATCH, WINDOW * len(self._workers) - (given - first)), 0)
                     batch = [again.popleft() for _ in range(min(BATCH, len(again)))] or list(islice(numbered, room))
                     if not batch:
@@ -204,13 +219,13 @@ class Pool:
                 done[number] = self._alone(task)
             for event, _ in self._selector.select() if busy else ():
                 worker: _Worker = event.data
-                answer = worker.receive()
-                if answer is not None:
-                    done[answer[0]] = answer[1]
+                results = worker.receive()
+                if results is not None:
+                    done.update(results)
                     continue
-                if worker.waiting:
-                    suspects.append(worker.waiting.popleft())
-                    again.extend(worker.waiting)
+                suspect, others = worker.split()
+                suspects.extend(suspect)
+                again.extend(others)
                 self._replace(worker)
             while first in done:
                 yield done.pop(first)
@@ -237,9 +252,9 @@ class Pool:
     def _alone(self, task: Any) -> Any:
         worker = self._started()
         worker.give([(0, task)])
-        answer = worker.receive()
+        results = worker.receive()
         status = worker.end()
-        return answer[1] if answer is not None else self._failure(status)
+        return results[0][1] if results is not None else self._failure(status)
 
     def _failure(self, status: int) -> Failure:
         if status == OUT_OF_MEMORY:

@@ -13,7 +13,8 @@ gets an entry; `finish` writes the index with its clusters and, last, meta.json.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -193,11 +194,17 @@ class CorpusWriter:
 
     def finish(self) -> dict:
         """Write the last shard, the index and meta.json; returns what meta.json holds."""
-        if self._shard is not None:
-            self._flush()
+        with ThreadPoolExecutor(1) as other:  # the last shard is written while its pieces are compared
+            names = ("content_hash", "shingle_offsets", "shingles") if self._entry is not None else ()
+            last = {name: self._entry.values(name) for name in names}
+            clusters = other.submit(self._clusters, self.journal.num_entries, last)
+            if self._shard is not None:
+                self._flush()
+            clusters = clusters.result()
         state = self.state
         self._rejected.flush()
-        index_sha256, num_clusters = self._write_index()
+        index_sha256 = self._write_index(clusters)
+        num_clusters = len(distinct(clusters))
         sizes = sorted(map(int, state.lengths))
         totals = {
             name: state.totals[name] for name in ("files", "pieces", "notes", "tokens", "bars", "segments", "tracks")
@@ -228,23 +235,28 @@ class CorpusWriter:
             self.journal.remove()
         return meta
 
-    def _write_index(self) -> tuple[str, int]:
-        contents = np.concatenate([np.zeros(0, np.uint64), *(e.arrays["content_hash"] for e in self.journal.entries())])
-        clusters = cluster(contents, self._shingles(), self.journal.work())
+    def _clusters(self, finished: int, last: dict[str, np.ndarray]) -> np.ndarray:
+        """(pieces,) uint64 cluster ids; `last` are columns of the entry that follows on so many finished ones."""
+
+        def columns() -> Iterator[Mapping[str, np.ndarray]]:  # one entry at a time: together they are large
+            yield from (self.journal.entry(number).arrays for number in range(finished))
+            if last:
+                yield last
+
+        work = self.journal.work()
+        contents = np.concatenate([np.zeros(0, np.uint64), *(entry["content_hash"] for entry in columns())])
+        clusters = cluster(contents, _shingles(columns()), work)
+        work.rmdir()
+        return clusters
+
+    def _write_index(self, clusters: np.ndarray) -> str:
         writer = ArrayWriter(self.output / INDEX, INDEX_DTYPES)
         for name in INDEX_DTYPES:
             for entry in self.journal.entries():
                 if name != "cluster":
                     writer.append(name, entry.arrays[name])
         writer.append("cluster", clusters)
-        self.journal.work().rmdir()
-        return writer.close({"format": FORMAT_VERSION})[0], len(distinct(clusters))
-
-    def _shingles(self) -> Iterator[np.ndarray]:
-        for entry in self.journal.entries():
-            offsets, shingles = entry.arrays["shingle_offsets"], entry.arrays["shingles"]
-            for first, last in zip(offsets[:-1].tolist(), offsets[1:].tolist()):
-                yield shingles[first:last]
+        return writer.close({"format": FORMAT_VERSION})[0]
 
     def first_rejected(self) -> tuple[str, str]:
         """Name and detail."""
@@ -257,3 +269,11 @@ class CorpusWriter:
         """Take back what was begun."""
         self.journal.remove()
         (self.output / REJECTED).unlink(missing_ok=True)
+
+
+def _shingles(entries: Iterable[Mapping[str, np.ndarray]]) -> Iterator[np.ndarray]:
+    """Those of each piece."""
+    for entry in entries:
+        offsets, shingles = entry["shingle_offsets"], entry["shingles"]
+        for first, last in zip(offsets[:-1].tolist(), offsets[1:].tolist()):
+            yield shingles[first:last]

@@ -1,10 +1,13 @@
 """The pool: results in order, and a task that hangs, dies or eats memory costs itself alone."""
 
+import multiprocessing
 import os
 import signal
+import struct
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -81,6 +84,15 @@ def test_a_worker_that_somebody_kills_is_replaced(tmp_path):
     with Pool(Odd, str(tmp_path), 2, 10, 256) as pool:
         threading.Timer(0.2, lambda: os.kill(pool._workers[0].process.pid, signal.SIGKILL)).start()
         assert list(pool.map(f"slow {i}" for i in range(30))) == [str(i) for i in range(30)]
+
+
+def test_a_worker_that_dies_while_it_hands_over_its_results_has_ended(tmp_path):
+    """A system short of memory kills it half-way through a message, which is no end of file and was an OSError."""
+    ours, theirs = multiprocessing.Pipe()
+    os.write(theirs.fileno(), struct.pack("!i", 100) + b"half")
+    theirs.close()
+    assert pool._Worker.receive(SimpleNamespace(connection=ours)) is None
+    ours.close()
 
 
 def test_the_fast_do_not_run_ahead_of_the_slow_without_bound(tmp_path):

@@ -195,11 +195,10 @@ def _steps(values: np.ndarray) -> np.ndarray:
 
 def measure(score: Score, polyphony: np.ndarray | None = None) -> Measures:
     """The numbers behind the conditions, of a quantized score; `polyphony` where it is known already."""
-    notes, num_bars, num_tracks = score.notes, score.num_bars, len(score.tracks)
+    notes, num_bars, num_tracks = score.columns, score.num_bars, len(score.tracks)
     lines, instruments = score.bar_lines(), score.instruments
     starts, half_bar, half_tick = _halves(score, lines)
-    onset, duration = notes["onset"].astype(np.int64), notes["duration"].astype(np.int64)
-    pitch = notes["pitch"].astype(np.int64)
+    onset, duration, pitch = notes.onset, notes.duration, notes.pitch
     bounds = track_bounds(score)
     sizes = _steps(bounds)
     half, last = _half_of(starts, onset, np.minimum(onset + duration, starts[-1]) - 1)
@@ -216,10 +215,10 @@ def measure(score: Score, polyphony: np.ndarray | None = None) -> Measures:
     # Drums go to a thirteenth pitch class, which is faster than to leave them out.
     pitch_class = _CLASS_OF[pitch + np.repeat(128 * (instruments == DRUMS), sizes)]
     return Measures(
-        density=len(notes) / float(quarters.sum()),
+        density=score.num_notes / float(quarters.sum()),
         bar_density=cells.sum(axis=0) / quarters,
         track_density=sizes / np.where(played > 0, played, 1),
-        polyphony=mean_polyphony(notes, bounds) if polyphony is None else polyphony,
+        polyphony=mean_polyphony(score.notes, bounds) if polyphony is None else polyphony,
         instruments=instruments,
         mean_pitch=mean_pitch,
         mean_quarters=mean_ticks / score.ticks_per_quarter,
