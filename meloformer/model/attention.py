@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from meloformer.errors import UserError
-from meloformer.model.block_table import KEY_ORDER, block_tables, count_blocks, order_of
+from meloformer.model.block_table import BLOCK, KEY_ORDER, block_tables, count_blocks, order_of
 from meloformer.model.masks import AttentionRule, Fields
 from meloformer.model.packed import KEY_WORDS, pack, packed_rule
 
@@ -35,7 +35,7 @@ try:
 except ImportError:  # before torch 2.10
     varlen_attn = None
 
-BLOCK_SIZE = (64, 64)  # queries, keys; docs/log.md: a quarter less is visited than at 128 x 128
+BLOCK_SIZE = (BLOCK, BLOCK)  # queries, keys; docs/log.md: a quarter less is visited than at 128 x 128
 CHUNK = 64  # queries that the gathered backend takes at a time
 HIDDEN = -1e9  # added to what is not seen; finite, because a query that sees nothing must not become NaN
 # Tiles of the CUDA kernels, each a divisor of its block: M are queries and N keys, of the forward pass and of the two
@@ -173,7 +173,7 @@ class BlockVisibility:
         words = pack(rule, fields)
         self.key_order, places = None, [None] * rows
         if not rule.full_causal:
-            order = np.stack([order_of(fields.at(b), num_summaries, KEY_ORDER) for b in range(rows)])
+            order = np.stack([order_of(fields.at(b), num_summaries, KEY_ORDER, block_size[1]) for b in range(rows)])
             places = order.argsort(axis=1)
             self.key_order, self.key_place = (torch.from_numpy(x).to(device) for x in (order, places))
             words[:KEY_WORDS] = words[:KEY_WORDS].take_along_dim(torch.from_numpy(order)[None], -1)
