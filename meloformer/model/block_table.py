@@ -45,6 +45,7 @@ from meloformer.model.masks import (
     VELOCITY,
     AttentionRule,
     Fields,
+    send,
 )
 
 LONGEST_RUN = 32  # tokens, but for a longer onset: pairs within runs are counted one by one
@@ -228,14 +229,7 @@ def _entries(block: np.ndarray, kind: np.ndarray, run: np.ndarray, device: torch
     bags, start = np.unique(codes // num_runs, return_index=True)
     lengths = np.diff(start, append=len(codes))
     parts = (start, lengths, codes % num_runs, count.astype(np.float32), bags // NUM_KINDS, bags % NUM_KINDS)
-    return _Entries(*(_send(part, device) for part in parts))
-
-
-def _send(values: np.ndarray, device: torch.device | str) -> Tensor:
-    tensor = torch.from_numpy(np.ascontiguousarray(values))
-    # From pinned memory, or the copy would wait for all that the device has still to do.
-    tensor = tensor.pin_memory() if torch.device(device).type == "cuda" else tensor
-    return tensor.to(device, non_blocking=True)
+    return _Entries(*(send(part, device) for part in parts))
 
 
 def _add_rows(table: Tensor, entries: _Entries, index: Tensor) -> Tensor:
@@ -265,9 +259,9 @@ def _count_between(
     speaker_of_part, speaker_of_bar = np.zeros(len(piece_and_instrument), int), np.zeros(len(piece_and_bar), int)
     speaker_of_part[part], speaker_of_bar[bar] = np.arange(num_runs), np.arange(num_runs)
     about = np.stack([runs.document, runs.bar, runs.instrument, runs.is_global]).astype(np.int32)
-    about = _send(about, device)
-    part_t, bar_t = _send(part, device), _send(bar, device)
-    by_part, by_bar = about[:, _send(speaker_of_part, device)], about[:, _send(speaker_of_bar, device)]
+    about = send(about, device)
+    part_t, bar_t = send(part, device), send(bar, device)
+    by_part, by_bar = about[:, send(speaker_of_part, device)], about[:, send(speaker_of_bar, device)]
     # Sums of the first product stay within a block's length, which bfloat16 holds exactly up to 256.
     dtype = torch.bfloat16 if block_length <= 256 else torch.float32
     out = torch.zeros(len(keys.block), len(queries.block), device=device)
@@ -300,9 +294,9 @@ def _count_within(rule: AttentionRule, r: Fields, run: np.ndarray, blocks: list[
     behind = np.arange(n) - start + 1  # keys of its run up to itself
     total, before = int(behind.sum()), np.cumsum(behind) - behind
     about = np.stack([start - before, blocks[0] * counts.shape[1], r.kind * NUM_KINDS, r.onset]).astype(np.int32)
-    about = _send(about, device)
-    key_about = _send(np.stack([blocks[1], r.kind, r.onset, r.bar >= 0]).astype(np.int32), device)
-    repeats = _send(behind, device)
+    about = send(about, device)
+    key_about = send(np.stack([blocks[1], r.kind, r.onset, r.bar >= 0]).astype(np.int32), device)
+    repeats = send(behind, device)
     q_shift, q_block, q_kind, q_onset = torch.repeat_interleave(about, repeats, dim=1, output_size=total)
     k_block, k_kind, k_onset, has_bar = key_about[:, q_shift + torch.arange(total, dtype=torch.int32, device=device)]
     place = q_block + k_block
@@ -328,23 +322,23 @@ def _count_summaries(
     place = f.document[summary].astype(np.int64) << 32
     run_piece = runs.document.astype(np.int64) << 32
     run_place = run_piece + runs.start
-    key_block = _send(blocks[1][summary], device)
+    key_block = send(blocks[1][summary], device)
     ahead = torch.zeros(num + 1, counts.shape[1], dtype=torch.int32, device=device)  # of the first i, in each block
     ahead[1:] = F.one_hot(key_block, counts.shape[1]).cumsum(0)
     # RS: the summaries of the piece whose segments have ended where the run begins.
     lowest, ended = np.searchsorted(place, run_piece), np.searchsorted(place + f.end[summary], run_place)
-    table = (ahead[_send(np.maximum(ended, lowest), device)] - ahead[_send(lowest, device)]).float()
+    table = (ahead[send(np.maximum(ended, lowest), device)] - ahead[send(lowest, device)]).float()
     rows = _add_rows(table, queries, queries.run).to(torch.int32)
     counts.index_add_(0, queries.block, rows)
     # SS: those of the piece up to itself.
-    query_block = _send(blocks[0][summary], device)
-    lowest = _send(np.searchsorted(place, place), device)
+    query_block = send(blocks[0][summary], device)
+    lowest = send(np.searchsorted(place, place), device)
     counts.index_add_(0, query_block, ahead[1:] - ahead[lowest])
     # SR: the runs of its own segment.
     own = np.searchsorted(place + f.position[summary], run_place, side="right") - 1
     inside = (own >= 0) & (place[own] == run_piece) & (run_place <= place[own] + f.end[summary][own])
-    row = _send(np.where(inside, blocks[0][summary][own], 0), device)[keys.run]
-    weight = keys.count.to(torch.int32) * _send(inside, device)[keys.run]
+    row = send(np.where(inside, blocks[0][summary][own], 0), device)[keys.run]
+    weight = keys.count.to(torch.int32) * send(inside, device)[keys.run]
     column = torch.repeat_interleave(keys.block, keys.lengths, output_size=len(keys.run))
     counts.view(-1).index_add_(0, row * counts.shape[1] + column, weight)
 
