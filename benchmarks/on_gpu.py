@@ -111,6 +111,7 @@ def main() -> None:
         if unknown:
             parser.error(f"--parts has {', '.join(sorted(unknown))}; there are {', '.join(chosen)}")
         chosen = {name: chosen[name] for name in arguments.parts.split(",")}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # by way of `finally` in `run`: no part outlives this script
     output, start, failed = Path(arguments.output), time.perf_counter(), False
     output.mkdir(parents=True, exist_ok=True)
     log, table = output / "on_gpu.txt", output / "on_gpu.jsonl"
