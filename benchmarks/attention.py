@@ -146,9 +146,6 @@ def one_case(batch: dict, rows: list, device: torch.device, size: str, block_siz
     rule, n = AttentionRule(ModelConfig(size="small")), batch["tokens"].shape[1]
     joint = joint_fields(batch)
     m, length = joint.document.shape[1] - n, joint.document.shape[1]
-    order = torch.from_numpy(np.stack([order_of(joint.at(b), m) for b in range(len(rows))]))
-    joint = Fields(*(field.gather(1, order) for field in joint))
-
     qkv, results = random_qkv(len(rows), n, size, device, train), {}
     for name, call in baselines(batch, device).items():
         try:
@@ -165,8 +162,10 @@ def one_case(batch: dict, rows: list, device: torch.device, size: str, block_siz
         gathered_beside_dense(rule, batch, size)
     qkv, base = random_qkv(len(rows), length, size, device, train), sum(map(baseline_blocks, rows))
     for block_size in block_sizes:
-        build, _ = measure(lambda b=block_size: BlockVisibility(rule, joint, m, device, b), device)
-        visibility = BlockVisibility(rule, joint, m, device, block_size)
+        order = np.stack([order_of(joint.at(b), m, block=block_size[0]) for b in range(len(rows))])
+        fields = Fields(*(field.gather(1, torch.from_numpy(order)) for field in joint))
+        build, _ = measure(lambda f=fields, b=block_size: BlockVisibility(rule, f, m, device, b), device)
+        visibility = BlockVisibility(rule, fields, m, device, block_size)
         visited = int((visibility.counts > 0).sum()) * block_size[0] * block_size[1] / 128**2 / base
         ms, mib = measure(forward_backward(lambda q, k, v, x=visibility: attend(q, k, v, x), qkv, train), device)
         memory = f", {mib:.0f} MiB ({mib / base_mib:.2f} of the baseline's)" if train else ""

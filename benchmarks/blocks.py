@@ -36,12 +36,12 @@ def baseline_blocks(row: dict[str, np.ndarray]) -> int:
     return int((count_blocks(rule, fields, 0, (128, 128)) > 0).sum())
 
 
-def visited(rule: AttentionRule, row: dict[str, np.ndarray], block_size, queries: str, keys: str) -> float:
-    """Area of the blocks with something to compute, in blocks of 128 x 128."""
+def visited(rule: AttentionRule, row: dict[str, np.ndarray], block_size, queries: str, keys: str, cut: bool) -> float:
+    """Area of the blocks with something to compute, in blocks of 128 x 128; `cut`: parts are cut for these blocks."""
     fields = joint_fields(row, rule.summaries)
     m = len(fields.document) - len(row["tokens"])
-    order = order_of(fields, m, queries)
-    key_place = np.argsort(order_of(fields, m, keys))[order]
+    order = order_of(fields, m, queries, cut * block_size[0])
+    key_place = np.argsort(order_of(fields, m, keys, cut * block_size[1]))[order]
     counts = count_blocks(rule, fields.at(torch.from_numpy(order)), m, block_size, key_place=key_place)
     return int((counts > 0).sum()) * block_size[0] * block_size[1] / 128**2
 
@@ -58,11 +58,12 @@ def main() -> None:
     near_linear = [0, 1, 2, *range(4, 2048, 4)]
     without = AttentionRule(ModelConfig(size="small", summaries=False))
     fewer_bars = AttentionRule(ModelConfig(size="small", same_bar_offsets=near_linear))
-    variants = [(name, default, kinds, kinds) for name, kinds in ORDERS.items()]
+    variants = [(name, default, kinds, kinds, False) for name, kinds in ORDERS.items()]
     variants += [
-        ("queries G O TV P L, keys G O TP L V: used", default, QUERY_ORDER, KEY_ORDER),
-        ("the same without summaries", without, QUERY_ORDER, KEY_ORDER),
-        ("the same, same_bar_offsets 0,1,2,4,8,12..", fewer_bars, QUERY_ORDER, KEY_ORDER),
+        ("queries G O TV P L, keys G O TP L V", default, QUERY_ORDER, KEY_ORDER, False),
+        ("the same, parts cut for the blocks: used", default, QUERY_ORDER, KEY_ORDER, True),
+        ("the same without summaries", without, QUERY_ORDER, KEY_ORDER, True),
+        ("the same, same_bar_offsets 0,1,2,4,8,12..", fewer_bars, QUERY_ORDER, KEY_ORDER, True),
     ]
     for length in map(int, arguments.lengths.split(",")):
         for single in (False, True):
@@ -74,9 +75,10 @@ def main() -> None:
             about = "one piece each, nothing deferred" if single else f"packed, {np.mean(pieces):.1f} pieces each"
             print(f"\n{length} tokens, {len(rows)} rows, {about}; baseline {np.mean(bases):.0f} blocks")
             print(f"{'':42}" + "".join(f"{f'{q} x {k}':>11}" for q, k in BLOCK_SIZES))
-            for name, rule, queries, keys in variants:
+            for name, rule, queries, keys, cut in variants:
                 shares = [
-                    sum(visited(rule, row, size, queries, keys) for row in rows) / sum(bases) for size in BLOCK_SIZES
+                    sum(visited(rule, row, size, queries, keys, cut) for row in rows) / sum(bases)
+                    for size in BLOCK_SIZES
                 ]
                 print(f"{name:42}" + "".join(f"{share:11.3f}" for share in shares), flush=True)
 

@@ -4,7 +4,8 @@
 
 Each line: tokens/s, peak memory, share of the device's bf16 matrix rate (measured here, on an 8192^3 product; model
 work counted as 6 x parameters x tokens, attention left out), and how much of a step goes by while the host prepares the
-batch. On a CPU, in a reduced form: --cpu_tokens tokens, one row, a model of two layers, dense backend.
+batch. `--gradient_checkpointing` keeps only what enters each layer, for long rows. On a CPU, in a reduced form:
+--cpu_tokens tokens, one row, a model of two layers, dense backend.
 """
 
 from __future__ import annotations
@@ -43,11 +44,14 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def one_model(config: ModelConfig, batches: list[dict], device: torch.device, rate: float, steps: int) -> dict:
+def one_model(
+    config: ModelConfig, batches: list[dict], device: torch.device, rate: float, steps: int, checkpointing: bool
+) -> dict:
     """Seconds a step, peak GiB, tokens/s of real tokens."""
     torch.manual_seed(0)
     precision = choose_precision("auto", device)
     model = MeloFormer(config, Vocabulary()).to(device).train()
+    model.gradient_checkpointing = checkpointing
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda")
 
     def step(batch: dict) -> float:
@@ -89,6 +93,7 @@ def main() -> None:
     parser.add_argument("--cpu_tokens", type=int, default=1024, help="tokens in a row, on a CPU")
     parser.add_argument("--batch_size", type=int, default=4, help="rows of a step, on CUDA")
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--gradient_checkpointing", action="store_true", help="keep what enters each layer alone")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"
@@ -111,7 +116,9 @@ def main() -> None:
                 results = {}
                 for pattern in ("full_causal", "bar_sparse"):
                     config = ModelConfig(size=size, pattern=pattern, **reduced)
-                    results[pattern] = r = one_model(config, batches, device, rate, arguments.steps)
+                    results[pattern] = r = one_model(
+                        config, batches, device, rate, arguments.steps, arguments.gradient_checkpointing
+                    )
                     kernel = r["backend"]
                     if kernel == "fused":
                         kernel += f" ({PieceVisibility.kernel(torch.empty(0, device=device, dtype=torch.bfloat16))})"

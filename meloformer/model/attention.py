@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from meloformer.errors import UserError
-from meloformer.model.block_table import KEY_ORDER, block_tables, count_blocks, order_of
-from meloformer.model.masks import AttentionRule, Fields
+from meloformer.model.block_table import BLOCK, KEY_ORDER, block_tables, count_blocks, order_of
+from meloformer.model.masks import AttentionRule, Fields, send
 from meloformer.model.packed import KEY_WORDS, pack, packed_rule
 
 try:
@@ -35,13 +35,17 @@ try:
 except ImportError:  # before torch 2.10
     varlen_attn = None
 
-BLOCK_SIZE = (64, 64)  # queries, keys; docs/log.md: a quarter less is visited than at 128 x 128
+BLOCK_SIZE = (BLOCK, BLOCK)  # queries, keys; docs/log.md: a quarter less is visited than at 128 x 128
 CHUNK = 64  # queries that the gathered backend takes at a time
 HIDDEN = -1e9  # added to what is not seen; finite, because a query that sees nothing must not become NaN
-# Tiles of the CUDA kernels, each a divisor of its block: M are queries and N keys, of the forward pass and of the two
-# halves of the backward pass.
-_TILES = {"BLOCK_M": 0, "BLOCK_N": 1, "BLOCK_M1": 0, "BLOCK_N1": 1, "BLOCK_M2": 0, "BLOCK_N2": 1}
-_compiled_flex = torch.compile(flex_attention, fullgraph=True, dynamic=False)
+# Inductor's one choice of tiles for the backward pass in bf16 is 128 wide on a Hopper or Blackwell device, and it drops
+# what does not divide our blocks, kernel options or not: nothing is left, and training fails. Told to time several, it
+# has some that fit. The forward pass keeps the tile it is given; matrix products around it are not timed.
+CUDA_OPTIONS = {"max_autotune": True, "max_autotune_gemm_backends": "ATEN"}
+_compiled_flex = {
+    kind: torch.compile(flex_attention, fullgraph=True, dynamic=False, options=options)
+    for kind, options in (("cuda", CUDA_OPTIONS), ("cpu", None))
+}
 
 
 class Visibility:
@@ -173,9 +177,9 @@ class BlockVisibility:
         words = pack(rule, fields)
         self.key_order, places = None, [None] * rows
         if not rule.full_causal:
-            order = np.stack([order_of(fields.at(b), num_summaries, KEY_ORDER) for b in range(rows)])
+            order = np.stack([order_of(fields.at(b), num_summaries, KEY_ORDER, block_size[1]) for b in range(rows)])
             places = order.argsort(axis=1)
-            self.key_order, self.key_place = (torch.from_numpy(x).to(device) for x in (order, places))
+            self.key_order, self.key_place = (send(x, device) for x in (order, places))
             words[:KEY_WORDS] = words[:KEY_WORDS].take_along_dim(torch.from_numpy(order)[None], -1)
         counts = [
             count_blocks(device_rule, fields.at(b), num_summaries, block_size, device, places[b]) for b in range(rows)
@@ -193,10 +197,11 @@ class BlockVisibility:
             full_q_num_blocks=full_q_num,
             full_q_indices=full_q,
             BLOCK_SIZE=block_size,
-            mask_mod=packed_rule(rule, words.to(device)),
+            mask_mod=packed_rule(rule, send(words, device)),
         )
-        tiles = {name: block_size[axis] for name, axis in _TILES.items()}
-        self.kernel_options = tiles if torch.device(device).type == "cuda" else None
+        # Never the kernel for decoding, which is chosen where queries are few and has tiles of its own.
+        tile = {"fwd_BLOCK_M": block_size[0], "fwd_BLOCK_N": block_size[1], "FORCE_USE_FLEX_ATTENTION": True}
+        self.kernel_options = tile if torch.device(device).type == "cuda" else None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if q.device.type == "cpu" and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
@@ -204,10 +209,11 @@ class BlockVisibility:
         # The last layer asks for regular tokens only. One shape for all layers is one graph for all layers.
         missing = k.shape[1] - q.shape[1]
         q = F.pad(q, (0, 0, 0, 0, missing, 0))
+        q, k = (x.to(v.dtype) for x in (q, k))
         if self.key_order is not None:
             k, v = (_Permute.apply(x, self.key_order, self.key_place) for x in (k, v))
-        q, k, v = (x.to(v.dtype).transpose(1, 2) for x in (q, k, v))
-        out = _compiled_flex(q, k, v, block_mask=self.block_mask, kernel_options=self.kernel_options)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = _compiled_flex[q.device.type](q, k, v, block_mask=self.block_mask, kernel_options=self.kernel_options)
         return out.transpose(1, 2)[:, missing:]
 
 
@@ -224,8 +230,8 @@ class PieceVisibility:
         )
         self.edges = [*np.flatnonzero(starts).tolist(), len(flat)]
         self.longest = int(np.diff(self.edges).max())
-        self.cumulative = torch.tensor(self.edges, dtype=torch.int32).to(device)
-        self.blind = torch.from_numpy(flat < 0).to(device)[:, None, None]
+        self.cumulative = send(np.array(self.edges, dtype=np.int32), device)
+        self.blind = send(flat < 0, device)[:, None, None]
 
     @staticmethod
     def kernel(q: Tensor) -> str:

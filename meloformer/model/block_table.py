@@ -2,7 +2,7 @@
 
     count_blocks(rule, fields, num_summaries, block_size)  Fields (T,) on the CPU, any order -> (Tq, Tk) int32 counts
     block_tables(counts, block_size)                       (B, Tq, Tk) -> a BlockMask's index tables, both ways
-    order_of(fields, num_summaries, kinds)                 (T,): a physical order of a row; summaries stay first
+    order_of(fields, num_summaries, kinds, block)          (T,): a physical order of a row; summaries stay first
 
 Counts are exact numbers of visible pairs, so a block has something to compute where count > 0 and is full where count
 is its area. `device=` says where the work over pairs of runs is done; the host only sorts and cuts the row, and
@@ -18,6 +18,11 @@ runs what sees what depends on their bars and on the kinds of the two tokens alo
 incidence and V the run x run table, the counts are P V P^T, added up over the kinds that see each other; P has few
 entries in a row, so the products are sums of gathered rows. Pairs within one run are counted one by one. The surprise:
 summaries cost nothing of this: which of them a run has behind it is an interval.
+
+The order: kinds that see, or are seen by, the same tokens stand together, and inside such a group the parts (one track,
+bars rising). A block on the border of two parts is visited for both, so a part gives away what it has beyond whole
+blocks, its latest bars: those of all parts stand together, every other part back to front, so that one block holds like
+bars of two parts. docs/log.md has what that saves.
 """
 
 from __future__ import annotations
@@ -40,6 +45,7 @@ from meloformer.model.masks import (
     VELOCITY,
     AttentionRule,
     Fields,
+    send,
 )
 
 LONGEST_RUN = 32  # tokens, but for a longer onset: pairs within runs are counted one by one
@@ -48,16 +54,85 @@ RUNS_AT_ONCE = 1024
 _LETTERS = {"S": SUMMARY, "G": GLOBAL, "O": OPEN, "T": TIME, "P": PITCH, "L": DURATION, "V": VELOCITY}
 QUERY_ORDER = "S G O TV P L"  # by default T and V see the same keys
 KEY_ORDER = "S G O TP L V"  # and T and P are seen by the same queries
+BLOCK = 64  # tokens of a block, on both sides, that parts are cut for
+OPEN_PARTS = 2  # parts whose open tokens stand together, bar by bar: a block of one part's spans too many bars
 
 
-def order_of(fields: Fields, num_summaries: int, kinds: str = QUERY_ORDER) -> np.ndarray:
-    """(T,) indices: summaries, then by piece, by group of kinds, by stream position; padding last of each."""
-    document, position, kind = (np.asarray(x) for x in (fields.document, fields.position, fields.kind))
-    group = np.zeros(NUM_KINDS, dtype=np.int64)
+def order_of(fields: Fields, num_summaries: int, kinds: str = QUERY_ORDER, block: int = BLOCK) -> np.ndarray:
+    """(T,) indices: summaries, then by piece, by group of kinds, by part; padding last of each.
+
+    block: tokens of a block on this side, which parts are cut for; 0 leaves a group in the order of the stream.
+    """
+    document, position, kind, bar, instrument = (
+        np.asarray(x) for x in (fields.document, fields.position, fields.kind, fields.bar, fields.instrument)
+    )
+    group_of = np.zeros(NUM_KINDS, dtype=np.int64)
     for number, letters in enumerate(kinds.split()):
-        group[[_LETTERS[letter] for letter in letters]] = number
-    regular, padding = np.arange(len(document)) >= num_summaries, document < 0
-    return np.lexsort((position, np.where(padding, 0, group[kind]), document, padding, regular))
+        group_of[[_LETTERS[letter] for letter in letters]] = number
+    stream = document.astype(np.int64) << 32 | position
+    valid = np.flatnonzero(document >= 0)
+    valid = valid[np.argsort(stream[valid], kind="stable")]
+    summary, r = valid[valid < num_summaries], valid[valid >= num_summaries]
+    kind, bar, document = kind[r], bar[r], document[r].astype(np.int64)
+    group = document << 3 | group_of[kind]
+    if block:
+        part = _parts(document, bar, instrument[r], kind)
+        is_open = kind == OPEN
+        bag = group << 20 | np.where(is_open, part // OPEN_PARTS, part)
+        sorted_by = np.argsort(bag << 16 | np.where(is_open, bar + 1, 0), kind="stable")
+        r = r[sorted_by[_whole_blocks_first(bag[sorted_by], num_summaries, block)]]
+    else:
+        r = r[np.argsort(group, kind="stable")]
+    padding = np.flatnonzero(np.asarray(fields.document) < 0)
+    first = padding < num_summaries
+    return np.concatenate([summary, padding[first], r, padding[~first]])
+
+
+def _parts(document: np.ndarray, bar: np.ndarray, instrument: np.ndarray, kind: np.ndarray) -> np.ndarray:
+    """(n,) number, within its piece, of each token's part: a stretch of the stream of one instrument, bars rising."""
+    part = np.zeros(len(document), dtype=np.int64)
+    local = np.flatnonzero(kind != GLOBAL)
+    d, b, i = document[local], bar[local], instrument[local]
+    begins = (d[1:] != d[:-1]) | (i[1:] != i[:-1]) | (b[1:] < b[:-1])
+    part[local[1:]] = np.cumsum(begins)
+    first = np.zeros(int(document[-1]) + 1 if len(document) else 0, dtype=np.int64)
+    first[d[::-1]] = part[local[::-1]]
+    part[local] -= first[d]
+    return part
+
+
+def _whole_blocks_first(bag: np.ndarray, offset: int, block: int) -> np.ndarray:
+    """(n,) order of tokens sorted by bag, the first of them standing at place `offset`; a group is bag >> 20.
+
+    What is left of the bags, every other one back to front, fills up the block in which the group begins; then the
+    whole blocks, on block edges; then the rest of what is left.
+    """
+    n = len(bag)
+    new_bag = np.diff(bag, prepend=-1) != 0
+    new_group = np.diff(bag >> 20, prepend=-1) != 0
+    bag_start, group_start = np.flatnonzero(new_bag), np.flatnonzero(new_group)
+    number, group_of_bag = np.cumsum(new_bag) - 1, (np.cumsum(new_group) - 1)[bag_start]
+    size = np.diff(bag_start, append=n)
+    left = size % block
+    whole = size - left
+
+    def behind(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of each bag, what the bags of its group before it count; of each group, what all of them do."""
+        total = np.bincount(group_of_bag, weights=counts, minlength=len(group_start)).astype(np.int64)
+        return np.cumsum(counts) - counts - (np.cumsum(total) - total)[group_of_bag], total
+
+    (left_before, left_in_group), (whole_before, whole_in_group) = behind(left), behind(whole)
+    fill = np.minimum(left_in_group, -(group_start + offset) % block)
+    i = np.arange(n) - bag_start[number]
+    is_left, group = i >= whole[number], group_of_bag[number]
+    behind_whole = i - whole[number]
+    turned = np.where(number % 2 == 1, left[number] - 1 - behind_whole, behind_whole)
+    rank = left_before[number] + turned
+    rank = rank + np.where(rank >= fill[group], whole_in_group[group], 0)
+    place = group_start[group] + np.where(is_left, rank, fill[group] + whole_before[number] + i)
+    order = np.empty(n, dtype=np.int64)
+    order[place] = np.arange(n)
+    return order
 
 
 class _Runs(NamedTuple):
@@ -154,14 +229,7 @@ def _entries(block: np.ndarray, kind: np.ndarray, run: np.ndarray, device: torch
     bags, start = np.unique(codes // num_runs, return_index=True)
     lengths = np.diff(start, append=len(codes))
     parts = (start, lengths, codes % num_runs, count.astype(np.float32), bags // NUM_KINDS, bags % NUM_KINDS)
-    return _Entries(*(_send(part, device) for part in parts))
-
-
-def _send(values: np.ndarray, device: torch.device | str) -> Tensor:
-    tensor = torch.from_numpy(np.ascontiguousarray(values))
-    # From pinned memory, or the copy would wait for all that the device has still to do.
-    tensor = tensor.pin_memory() if torch.device(device).type == "cuda" else tensor
-    return tensor.to(device, non_blocking=True)
+    return _Entries(*(send(part, device) for part in parts))
 
 
 def _add_rows(table: Tensor, entries: _Entries, index: Tensor) -> Tensor:
@@ -191,9 +259,9 @@ def _count_between(
     speaker_of_part, speaker_of_bar = np.zeros(len(piece_and_instrument), int), np.zeros(len(piece_and_bar), int)
     speaker_of_part[part], speaker_of_bar[bar] = np.arange(num_runs), np.arange(num_runs)
     about = np.stack([runs.document, runs.bar, runs.instrument, runs.is_global]).astype(np.int32)
-    about = _send(about, device)
-    part_t, bar_t = _send(part, device), _send(bar, device)
-    by_part, by_bar = about[:, _send(speaker_of_part, device)], about[:, _send(speaker_of_bar, device)]
+    about = send(about, device)
+    part_t, bar_t = send(part, device), send(bar, device)
+    by_part, by_bar = about[:, send(speaker_of_part, device)], about[:, send(speaker_of_bar, device)]
     # Sums of the first product stay within a block's length, which bfloat16 holds exactly up to 256.
     dtype = torch.bfloat16 if block_length <= 256 else torch.float32
     out = torch.zeros(len(keys.block), len(queries.block), device=device)
@@ -226,9 +294,9 @@ def _count_within(rule: AttentionRule, r: Fields, run: np.ndarray, blocks: list[
     behind = np.arange(n) - start + 1  # keys of its run up to itself
     total, before = int(behind.sum()), np.cumsum(behind) - behind
     about = np.stack([start - before, blocks[0] * counts.shape[1], r.kind * NUM_KINDS, r.onset]).astype(np.int32)
-    about = _send(about, device)
-    key_about = _send(np.stack([blocks[1], r.kind, r.onset, r.bar >= 0]).astype(np.int32), device)
-    repeats = _send(behind, device)
+    about = send(about, device)
+    key_about = send(np.stack([blocks[1], r.kind, r.onset, r.bar >= 0]).astype(np.int32), device)
+    repeats = send(behind, device)
     q_shift, q_block, q_kind, q_onset = torch.repeat_interleave(about, repeats, dim=1, output_size=total)
     k_block, k_kind, k_onset, has_bar = key_about[:, q_shift + torch.arange(total, dtype=torch.int32, device=device)]
     place = q_block + k_block
@@ -254,23 +322,23 @@ def _count_summaries(
     place = f.document[summary].astype(np.int64) << 32
     run_piece = runs.document.astype(np.int64) << 32
     run_place = run_piece + runs.start
-    key_block = _send(blocks[1][summary], device)
+    key_block = send(blocks[1][summary], device)
     ahead = torch.zeros(num + 1, counts.shape[1], dtype=torch.int32, device=device)  # of the first i, in each block
     ahead[1:] = F.one_hot(key_block, counts.shape[1]).cumsum(0)
     # RS: the summaries of the piece whose segments have ended where the run begins.
     lowest, ended = np.searchsorted(place, run_piece), np.searchsorted(place + f.end[summary], run_place)
-    table = (ahead[_send(np.maximum(ended, lowest), device)] - ahead[_send(lowest, device)]).float()
+    table = (ahead[send(np.maximum(ended, lowest), device)] - ahead[send(lowest, device)]).float()
     rows = _add_rows(table, queries, queries.run).to(torch.int32)
     counts.index_add_(0, queries.block, rows)
     # SS: those of the piece up to itself.
-    query_block = _send(blocks[0][summary], device)
-    lowest = _send(np.searchsorted(place, place), device)
+    query_block = send(blocks[0][summary], device)
+    lowest = send(np.searchsorted(place, place), device)
     counts.index_add_(0, query_block, ahead[1:] - ahead[lowest])
     # SR: the runs of its own segment.
     own = np.searchsorted(place + f.position[summary], run_place, side="right") - 1
     inside = (own >= 0) & (place[own] == run_piece) & (run_place <= place[own] + f.end[summary][own])
-    row = _send(np.where(inside, blocks[0][summary][own], 0), device)[keys.run]
-    weight = keys.count.to(torch.int32) * _send(inside, device)[keys.run]
+    row = send(np.where(inside, blocks[0][summary][own], 0), device)[keys.run]
+    weight = keys.count.to(torch.int32) * send(inside, device)[keys.run]
     column = torch.repeat_interleave(keys.block, keys.lengths, output_size=len(keys.run))
     counts.view(-1).index_add_(0, row * counts.shape[1] + column, weight)
 

@@ -104,6 +104,14 @@ def joint_fields(batch: Mapping[str, np.ndarray | Tensor], summaries: bool = Tru
     return Fields(*(torch.cat(pair, dim=-1) for pair in zip(segment, regular)))
 
 
+def send(values: np.ndarray | Tensor, device: torch.device | str) -> Tensor:
+    """Host values on `device`. Nothing waits: to a GPU they go from pinned memory, for a copy from any other first
+    lets the device finish all that it has still to do."""
+    tensor = torch.as_tensor(values).contiguous()
+    tensor = tensor.pin_memory() if torch.device(device).type == "cuda" and tensor.device.type == "cpu" else tensor
+    return tensor.to(device, non_blocking=True)
+
+
 class AttentionRule:
     """The element rule of one config; tables live on the CPU until `to(device)`."""
 
@@ -122,7 +130,7 @@ class AttentionRule:
     def to(self, device: torch.device | str) -> AttentionRule:
         """A copy whose tables are on `device`."""
         rule = object.__new__(type(self))
-        rule.__dict__ = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in vars(self).items()}
+        rule.__dict__ = {name: send(v, device) if isinstance(v, Tensor) else v for name, v in vars(self).items()}
         return rule
 
     def __call__(self, q: Fields, k: Fields) -> Tensor:

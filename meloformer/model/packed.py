@@ -22,7 +22,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from meloformer.model.masks import GLOBAL, NUM_KINDS, SUMMARY, AttentionRule, Fields
+from meloformer.model.masks import GLOBAL, NUM_KINDS, SUMMARY, AttentionRule, Fields, send
 
 _KINDS = (1 << NUM_KINDS) - 1  # lowest bits: a key's kind, or the kinds that a query sees
 _ANYTHING = 1 << (NUM_KINDS - 1)  # no kind has this bit: summaries as queries
@@ -90,5 +90,5 @@ def _membership(table: Tensor | None, device: torch.device) -> Callable[[Tensor]
     if len(table) <= 31:
         bits = sum(1 << i for i, allowed in enumerate(table.tolist()) if allowed)
         return lambda distance: ((bits >> (distance.clamp(-largest, largest) + largest)) & 1) != 0
-    table = table.to(device)
+    table = send(table, device)
     return lambda distance: table[distance.clamp(-largest, largest) + largest]

@@ -36,6 +36,7 @@ from meloformer.files import write_atomic
 from meloformer.hid import Family, Vocabulary
 from meloformer.hid.rows import make_row, stack_rows
 from meloformer.model.attention import (
+    CUDA_OPTIONS,
     BlockVisibility,
     GatheredVisibility,
     PieceVisibility,
@@ -45,7 +46,7 @@ from meloformer.model.attention import (
 )
 from meloformer.model.block_table import order_of
 from meloformer.model.layers import FeedForward, RMSNorm, Rotary, rotate
-from meloformer.model.masks import AttentionRule, Fields, dense_mask, joint_fields
+from meloformer.model.masks import AttentionRule, Fields, dense_mask, joint_fields, send
 from meloformer.pretrained import CONFIG, WEIGHTS, find_pretrained, read_about
 
 FORMAT = 1
@@ -169,7 +170,8 @@ class MeloFormer(nn.Module):
 
     def compile_layers(self) -> None:
         """Have torch.compile fuse what lies between the tokens and the head; batches then keep one shape."""
-        self.hidden = torch.compile(self.hidden, dynamic=False)
+        options = CUDA_OPTIONS if self.device.type == "cuda" and self.backend() == "flex" else None
+        self.hidden = torch.compile(self.hidden, dynamic=False, options=options)
         self.static_shapes = True
 
     @property
@@ -202,9 +204,8 @@ class MeloFormer(nn.Module):
             order = np.stack([order_of(joint.at(b), m) for b in range(len(order))])
             joint = Fields(*(field.gather(1, torch.from_numpy(order)) for field in joint))
 
-        def send(values: np.ndarray, index: np.ndarray) -> Tensor:
-            values = torch.as_tensor(np.take_along_axis(np.asarray(values), index, axis=1))
-            return values.to(self.device, non_blocking=True)
+        def at(name: str, index: np.ndarray) -> Tensor:
+            return send(np.take_along_axis(np.asarray(batch[name]), index, axis=1), self.device)
 
         regular, summaries = order[:, m:] - m, order[:, :m]
         targets = np.take_along_axis(np.asarray(batch["targets"]), regular, axis=1).reshape(-1)
@@ -212,12 +213,12 @@ class MeloFormer(nn.Module):
         named = ("tokens", "instrument", "ordinal", "position", "time")
         segment = (("instrument", "instrument"), ("ordinal", "ordinal"), ("position", "start"), ("time", "time"))
         return Inputs(
-            **{name: send(batch[name], regular) for name in named},
-            **{f"segment_{name}": send(batch[f"segment_{source}"], summaries) for name, source in segment},
+            **{name: at(name, regular) for name in named},
+            **{f"segment_{name}": at(f"segment_{source}", summaries) for name, source in segment},
             mask=self._visibility(backend, joint, m),
-            target_index=torch.from_numpy(target_index).to(self.device, non_blocking=True),
-            targets=torch.from_numpy(targets[target_index].astype(np.int64)).to(self.device, non_blocking=True),
-            place=torch.from_numpy(regular.argsort(axis=1)).to(self.device) if reorder else None,
+            target_index=send(target_index, self.device),
+            targets=send(targets[target_index].astype(np.int64), self.device),
+            place=send(regular.argsort(axis=1), self.device) if reorder else None,
         )
 
     def _visibility(self, backend: str, joint: Fields, m: int) -> Tensor | Prepared:
@@ -230,7 +231,7 @@ class MeloFormer(nn.Module):
             if self.device.type != "cpu":
                 raise UserError(f"model.backend is 'gathered', made for a CPU, on {self.device}; take --backend auto")
             return GatheredVisibility(mask, np.stack([order_of(joint.at(b), m) for b in range(len(mask))]))
-        return mask.to(self.device, non_blocking=True)
+        return send(mask, self.device)
 
     def embed(self, tokens: Tensor | None, instrument: Tensor, ordinal: Tensor) -> Tensor:
         """(B, T, d_model) of regular tokens, or of summaries where `tokens` is None; -1 means none."""

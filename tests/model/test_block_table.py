@@ -131,13 +131,19 @@ def test_a_real_piece_in_its_physical_order_needs_fewer_blocks(real_midi):
     path = max((path for path in midi_files(real_midi) if "awkward" not in path.parts), key=_size_below_60k)
     batch = batch_of([Tokenizer(VOCABULARY).encode(read_score(path))[:12000]])
     m, blocks = batch["segment_document"].shape[1], {}
-    for name, kinds, key_kinds in (("stream", "S GOTPLV", "S GOTPLV"), ("used", QUERY_ORDER, KEY_ORDER)):
+    stream = ("S GOTPLV", "S GOTPLV", 0)
+    for name, (kinds, key_kinds, block) in {
+        "stream": stream,
+        "kinds": (QUERY_ORDER, KEY_ORDER, 0),
+        "used": (QUERY_ORDER, KEY_ORDER, 64),
+    }.items():
         fields = joint_fields(batch).at(0)
-        order = order_of(fields, m, kinds)
-        place = np.argsort(order_of(fields, m, key_kinds))[order]
+        order = order_of(fields, m, kinds, block)
+        place = np.argsort(order_of(fields, m, key_kinds, block))[order]
         fields = fields.at(torch.from_numpy(order))
         blocks[name] = int((count_blocks(rule, fields, m, (64, 64), key_place=place) > 0).sum())
-    assert blocks["used"] < 0.85 * blocks["stream"]
+    assert blocks["kinds"] < 0.85 * blocks["stream"]
+    assert blocks["used"] < 0.98 * blocks["kinds"]
 
 
 def _size_below_60k(path):
@@ -149,11 +155,52 @@ def test_the_order_keeps_summaries_in_front_and_padding_behind():
     fields = joint_fields(batch).at(0)
     m = batch["segment_document"].shape[1]
     order = order_of(fields, m)
+    shuffled = np.random.default_rng(0).permutation(len(order) - m) + m  # it is the stream's order that counts
+    moved = fields.at(torch.from_numpy(np.r_[:m, shuffled]))
+    again = np.r_[:m, shuffled][order_of(moved, m)]
+    assert (again[fields.document.numpy()[again] >= 0] == order[fields.document.numpy()[order] >= 0]).all()
     assert sorted(order.tolist()) == list(range(len(fields.document))) and (order[:m] < m).all()
     document = fields.document.numpy()[order]
     for part in (document[:m], document[m:]):
         valid = int((part >= 0).sum())
         assert (part[:valid] >= 0).all() and (np.diff(part[:valid]) >= 0).all()
+
+
+def naive_order(tokens, offset, block):
+    """`_whole_blocks_first` with lists: (group, part, token) in order -> token numbers in theirs."""
+    out = []
+    for group in sorted({g for g, _, _ in tokens}):
+        whole, left = [], []
+        for part in sorted({p for g, p, _ in tokens if g == group}):
+            number = sorted({(g, p) for g, p, _ in tokens}).index((group, part))
+            of_part = [t for g, p, t in tokens if (g, p) == (group, part)]
+            cut = len(of_part) // block * block
+            whole += of_part[:cut]
+            left += of_part[cut:][:: -1 if number % 2 else 1]
+        fill = min(len(left), -(offset + len(out)) % block)
+        out += left[:fill] + whole + left[fill:]
+    return out
+
+
+@pytest.mark.parametrize("block", [1, 4, 16])
+def test_parts_keep_whole_blocks_and_pool_what_is_left(block):
+    rng = np.random.default_rng(block)
+    for _ in range(20):
+        codes = np.sort(rng.integers(0, 3, 90) << 20 | rng.integers(0, 4, 90))
+        offset = int(rng.integers(0, 40))
+        tokens = [(code >> 20, code & 0xFFFFF, i) for i, code in enumerate(codes.tolist())]
+        assert block_table._whole_blocks_first(codes, offset, block).tolist() == naive_order(tokens, offset, block)
+
+
+def test_no_whole_block_of_a_part_lies_across_a_block_edge():
+    """Where a group has enough left over to fill up the block that it begins in."""
+    sizes = {(1, 0): 37, (1, 1): 70, (1, 2): 133, (2, 0): 30, (2, 1): 200}
+    codes = np.repeat([g << 20 | p for g, p in sizes], list(sizes.values()))
+    owner = codes[block_table._whole_blocks_first(codes, 50, 64)]
+    place = np.arange(50, 50 + len(codes))
+    for code, size in zip((g << 20 | p for g, p in sizes), sizes.values()):
+        blocks = np.bincount(place[owner == code] // 64)
+        assert (blocks == 64).sum() == size // 64
 
 
 def test_more_bars_than_the_words_hold_are_refused():
