@@ -83,12 +83,17 @@ class _Layer:
 class _FeedForward:
     def __init__(self, part: FeedForward):
         gate_up, out = _behind(part.norm, part.gate_up.weight), part.out.weight.t()
-        self.parts = parts = parts_of(out, out.shape[0])
-        self.gate_up = _split(gate_up, 2 * parts, dim=1)  # the parts of the gate, then those of what it opens
+        parts = parts_of(out, out.shape[0])
+        # Behind each other: the parts of the gate, those of what it opens.
+        self.gate_up = _split(gate_up, 1 if parts == 1 else 2 * parts, dim=1)
         self.out = _split(out, parts, dim=0)
 
     def __call__(self, x: Tensor) -> Tensor:
-        gate, up = torch.bmm(unit(x).expand(2 * self.parts, *x.shape), self.gate_up).chunk(2)
+        h = unit(x)
+        if len(self.gate_up) == 1:
+            gate, up = (h @ self.gate_up[0])[None].chunk(2, dim=-1)
+        else:
+            gate, up = torch.bmm(h.expand(len(self.gate_up), *h.shape), self.gate_up).chunk(2)
         return _add_parts(x, F.silu(gate).mul_(up), self.out)
 
 
