@@ -22,6 +22,7 @@ begins and then of those since; what is before them the queries of a class see t
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
@@ -33,10 +34,12 @@ from meloformer.hid import Annotations, Family
 from meloformer.model.attention import Visibility, attend
 from meloformer.model.decoding_layers import DecodingLayers
 from meloformer.model.masks import NUM_KINDS, SUMMARY, Fields, joint_fields, kinds, row_mask
+from meloformer.model.shared_keys import SharedKeys, SharingKeys, reader
 from meloformer.model.transformer import MeloFormer
 from meloformer.model.visible_keys import History, VisibleKeys, bytes_of
 
 PREFILL_CHUNK = 1024  # tokens of a prompt that are read at once
+SHARED_BY = 4  # streams that branched off a prompt, from which on it is read once for all of them
 
 _CLOSING = frozenset((Family.BAR, Family.FILL, Family.INSTRUMENT, Family.EOS))
 _OPENING = frozenset((Family.BAR, Family.FILL))
@@ -68,6 +71,12 @@ class Stream:
         twin.history, twin.fields, twin.keys = self.history.branch(self.used), self.fields.copy(), {}
         return twin
 
+    def leave(self) -> None:
+        """Nothing more will be written."""
+        for keys in self.keys.values():
+            if isinstance(keys, SharingKeys):
+                keys.leave()
+
     def take(self, fields: Sequence[int]) -> int:
         """The slot for a key with these fields."""
         if self.used == len(self.history):
@@ -96,6 +105,8 @@ class DecodingSession:
         shape = (config.n_layer, 2, config.n_head, config.d_model // config.n_head)
         nothing = torch.empty(0, *shape, dtype=model.token.weight.dtype, device=model.device)
         self.streams = [Stream(History(nothing, room)) for _ in range(batch_size)]
+        self.prompts: set[tuple[int, int]] = set()  # those that are read once for all streams that branched off them
+        self.common: dict[tuple, SharedKeys] = {}
         # Kinds of queries that see the same types share their keys; summaries have their own.
         types = self.rule.visible.tolist()
         self.group_of_kind = [types.index(row) for row in types]
@@ -143,7 +154,7 @@ class DecodingSession:
             group = self.group_of_kind[kind]
             keys = stream.keys.get(group)
             if keys is None:
-                keys = stream.keys[group] = VisibleKeys(stream.history)
+                keys = stream.keys[group] = self._new_keys(stream.history, group)
             readers.append(keys)
             # Inside a cell bar and instrument stay, and no onset lies outside: what is before it is seen or is not.
             cell = -1 if kind == SUMMARY or stream.cell is None else stream.cell[0]
@@ -163,10 +174,19 @@ class DecodingSession:
                 keys.update(row[: slot + 1], 0)
         return readers
 
+    def _new_keys(self, history: History, group: int) -> VisibleKeys:
+        prompt = _place_of(history)
+        if prompt not in self.prompts or group == NUM_KINDS:  # a summary may see nothing of the prompt
+            return VisibleKeys(history)
+        if (prompt, group) not in self.common:
+            self.common[prompt, group] = SharedKeys(history.shared)
+        return SharingKeys(history, self.common[prompt, group])
+
     def _run(self, tokens: np.ndarray, summaries: list[tuple], regular: list[tuple]) -> Tensor:
         """Rows through the layers, their keys into caches -> (regular rows, d_model)."""
         m, device, rows = len(summaries), self.model.device, [*summaries, *regular]
         readers = self._look(rows)
+        read = reader(readers, self.model.token.weight.dtype)
         numbers = torch.tensor([row[3:] for row in rows]).to(device)
         position, instrument, ordinal, time = numbers.unbind(1)
         x = self.model.embed(torch.from_numpy(tokens.astype(np.int64)).to(device), instrument[m:], ordinal[m:])
@@ -186,8 +206,7 @@ class DecodingSession:
             kv = bytes_of(kv)
             for n, to, place in written:
                 to[place, i] = kv[n]
-            q = q[:, None, :, None].unbind(0)  # (1, H, 1, D) each
-            return torch.cat([keys.attend(i, q[n]) for n, keys in enumerate(readers)]).flatten(1)
+            return read(i, q)
 
         hidden = self.layers(x, m, position, time, attend_cached)
         values = bytes_of(torch.stack(cached, dim=1))  # (N, layer, 2, H, D)
@@ -270,10 +289,23 @@ class DecodingSession:
         for row in rows:
             stream = self.streams[row]
             kept.append(stream.branch() if stream in kept else stream)
+        for stream in self.streams:
+            if stream not in kept:
+                stream.leave()
         self.streams = kept
 
     def branch(self, rows: Sequence[int]) -> DecodingSession:
         """A session that goes on with these streams, in this order; this one stays as it is."""
         twin = copy.copy(self)
         twin.streams = [self.streams[row].branch() for row in rows]
+        count = Counter(_place_of(stream.history) for stream in twin.streams)
+        twin.prompts = {
+            place for place, n in count.items() if n >= SHARED_BY and place[1] and self.model.device.type == "cpu"
+        }
+        twin.common = {}
         return twin
+
+
+def _place_of(history: History) -> tuple[int, int]:
+    """Where what it shares stands in memory, and its length."""
+    return history.shared.data_ptr(), len(history.shared)

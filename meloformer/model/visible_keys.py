@@ -105,7 +105,11 @@ class VisibleKeys:
         """Attention of one query over all that is held; zeros if that is nothing."""
         if not self.count:
             return torch.zeros_like(q)
-        return F.scaled_dot_product_attention(q, self._read[2 * i], self._read[2 * i + 1])
+        return F.scaled_dot_product_attention(q, *self.of_layer(i))
+
+    def of_layer(self, i: int) -> tuple[Tensor, ...]:
+        """K and V (1, H, count, D) of a layer."""
+        return self._read[2 * i : 2 * i + 2]
 
     def _close(self, gaps: np.ndarray) -> None:
         """Fill places that nothing came to, rising, with the last ones."""
