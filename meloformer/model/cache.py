@@ -12,7 +12,8 @@ full forward pass. A stream may begin with `step`; `prefill` is for an empty ses
 
 The session closes segments itself: a BAR, FILL, INSTRUMENT or EOS ends the bar that notes were being written into. The
 summary goes through the layers together with that token, as one more row in front, and the rule lets the token see it.
-`segment` of the annotations is not read; `onset` numbers go on from the prompt's.
+`segment` of the annotations is not read; `onset` numbers go on from the prompt's. On a CPU, SHARED_BY or more streams
+that branched off one prompt read it together (`shared_keys`).
 
 The surprise: slots hold tokens and summaries in the order they came. Where a key stands says nothing about what may
 see it: each slot keeps the fields of the rule, and the rule is asked which keys a step reads, of all slots when a bar

@@ -31,18 +31,18 @@ class SharedKeys:
 
     def __init__(self, prompt: Tensor):
         self.held = VisibleKeys(History(prompt, 0))
-        self._readers = np.zeros(len(prompt), dtype=np.int64)  # streams that see each slot
+        self.readers = np.zeros(len(prompt), dtype=np.int64)  # streams that see each slot
         self._has_changed = False
 
     def change(self, start: int, before: np.ndarray, after: np.ndarray) -> None:
         """A stream saw these of the slots from `start` on, (n,) bool, and now sees those."""
-        self._readers[start : start + len(after)] += after.astype(np.int64) - before
+        self.readers[start : start + len(after)] += after.astype(np.int64) - before
         self._has_changed = True
 
     def mask(self, readers: Sequence[SharingKeys], dtype: torch.dtype) -> Tensor:
         """(1, 1, R, keys held) to add to the scores of these streams."""
         if self._has_changed:
-            self.held.update(self._readers > 0, 0)
+            self.held.update(self.readers > 0, 0)
             self._has_changed = False
         slots = self.held.slots[: self.held.count]
         seen = torch.from_numpy(np.stack([keys.of_prompt[slots] for keys in readers]))

@@ -109,6 +109,9 @@ def test_streams_that_branched_off_one_prompt_read_it_together(config):
         assert feeder.session.common
         feeder.session.keep([5, 1, 2, 5])
         feeder.rows = [0] * 4
+        assert all(
+            common.readers.max() <= 3 for common in feeder.session.common.values()
+        )  # those that left see nothing
         feeder.run(rng)
 
 
