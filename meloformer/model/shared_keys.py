@@ -93,11 +93,10 @@ def reader(readers: Sequence[VisibleKeys], dtype: torch.dtype) -> Callable[[int,
         found = [
             _part(common.held, i, q[n].transpose(0, 1)[None], mask) for common, n, mask in zip(clusters, index, masks)
         ]
-        prompt, its_weight = (
-            torch.cat(parts, dim=2).transpose(0, 2) for parts in zip(*found)
-        )  # (R, H, 1, D), (R, H, 1)
-        share = torch.sigmoid(its_weight - weight[sharing])
-        out[sharing] = torch.lerp(out[sharing], prompt, share[..., None])
+        # (R, H, 1, D), (R, H, 1)
+        prompt, its_weight = (torch.cat(parts, dim=2).transpose(0, 2) for parts in zip(*found))
+        share = torch.sigmoid(its_weight - weight[sharing])[..., None].to(q.dtype)
+        out[sharing] = torch.lerp(out[sharing], prompt, share)
         return out.flatten(1)
 
     return together
