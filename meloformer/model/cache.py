@@ -13,7 +13,7 @@ full forward pass. A stream may begin with `step`; `prefill` is for an empty ses
 The session closes segments itself: a BAR, FILL, INSTRUMENT or EOS ends the bar that notes were being written into. The
 summary goes through the layers together with that token, as one more row in front, and the rule lets the token see it.
 `segment` of the annotations is not read; `onset` numbers go on from the prompt's. On a CPU, SHARED_BY or more streams
-that branched off one prompt read it together (`shared_keys`).
+that branched off one long prompt read it together (`shared_keys`).
 
 The surprise: slots hold tokens and summaries in the order they came. Where a key stands says nothing about what may
 see it: each slot keeps the fields of the rule, and the rule is asked which keys a step reads, of all slots when a bar
@@ -40,7 +40,8 @@ from meloformer.model.transformer import MeloFormer
 from meloformer.model.visible_keys import History, VisibleKeys, bytes_of
 
 PREFILL_CHUNK = 1024  # tokens of a prompt that are read at once
-SHARED_BY = 4  # streams that branched off a prompt, from which on it is read once for all of them
+# Streams that branched off a prompt, and slots of it, from which on it is read once for all of them.
+SHARED_BY, SHARED_FROM = 4, 128
 
 _CLOSING = frozenset((Family.BAR, Family.FILL, Family.INSTRUMENT, Family.EOS))
 _OPENING = frozenset((Family.BAR, Family.FILL))
@@ -300,9 +301,9 @@ class DecodingSession:
         twin = copy.copy(self)
         twin.streams = [self.streams[row].branch() for row in rows]
         count = Counter(_place_of(stream.history) for stream in twin.streams)
-        twin.prompts = {
-            place for place, n in count.items() if n >= SHARED_BY and place[1] and self.model.device.type == "cpu"
-        }
+        twin.prompts = set()
+        if self.model.device.type == "cpu":
+            twin.prompts = {place for place, n in count.items() if n >= SHARED_BY and place[1] >= SHARED_FROM}
         twin.common = {}
         return twin
 

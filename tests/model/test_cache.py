@@ -96,8 +96,9 @@ def test_a_branch_leaves_its_session_as_it_was():
 
 
 @pytest.mark.parametrize("config", [{}, {"visible": None}, {"same_bar_offsets": [0, 1], "summaries": False}], ids=str)
-def test_streams_that_branched_off_one_prompt_read_it_together(config):
+def test_streams_that_branched_off_one_prompt_read_it_together(config, monkeypatch):
     """Each at its own pace, from a prompt that ends anywhere; some end, one branches again."""
+    monkeypatch.setattr(cache, "SHARED_FROM", 1)
     model, tokens = tiny_model(**config), rich_stream(1)
     for length in (1, len(tokens) // 3, len(tokens) // 2 + 3):
         feeder, rng = Feeder(model, [tokens]), np.random.default_rng(length)
