@@ -12,35 +12,47 @@ full forward pass. A stream may begin with `step`; `prefill` is for an empty ses
 
 The session closes segments itself: a BAR, FILL, INSTRUMENT or EOS ends the bar that notes were being written into. The
 summary goes through the layers together with that token, as one more row in front, and the rule lets the token see it.
-`segment` of the annotations is not read; `onset` numbers go on from the prompt's.
+`segment` of the annotations is not read; `onset` numbers go on from the prompt's. On a CPU, SHARED_BY or more streams
+that branched off one long prompt read it together (`shared_keys`).
 
 The surprise: slots hold tokens and summaries in the order they came. Where a key stands says nothing about what may
-see it: each slot keeps the fields of the rule, and which keys a step reads is asked of the rule, for the slots since
-the bar began; what is before them the queries of a class see throughout the bar, or do not.
+see it: each slot keeps the fields of the rule, and the rule is asked which keys a step reads, of all slots when a bar
+begins and then of those since; what is before them the queries of a class see throughout the bar, or do not.
 """
 
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from meloformer.hid import Annotations, Family
 from meloformer.model.attention import Visibility, attend
 from meloformer.model.decoding_layers import DecodingLayers
 from meloformer.model.masks import NUM_KINDS, SUMMARY, Fields, joint_fields, kinds, row_mask
+from meloformer.model.shared_keys import SharedKeys, SharingKeys, reader
 from meloformer.model.transformer import MeloFormer
-from meloformer.model.visible_keys import History, VisibleKeys
+from meloformer.model.visible_keys import History, VisibleKeys, bytes_of
 
 PREFILL_CHUNK = 1024  # tokens of a prompt that are read at once
-WINDOW = 128  # slots since the bar began, up to which the rule is asked for all streams together
+# Streams that branched off a prompt, and slots of it, from which on it is read once for all of them.
+SHARED_BY, SHARED_FROM = 4, 128
 
 _CLOSING = frozenset((Family.BAR, Family.FILL, Family.INSTRUMENT, Family.EOS))
 _OPENING = frozenset((Family.BAR, Family.FILL))
+
+
+_POSITION, _KIND, _ONSET = (Fields._fields.index(name) for name in ("position", "kind", "onset"))
+
+
+@lru_cache
+def _kind(type: int, has_track: bool, has_bar: bool) -> int:
+    return int(kinds(*torch.tensor([type, has_track - 1, has_bar - 1])))
 
 
 class Stream:
@@ -49,7 +61,8 @@ class Stream:
 
     def __init__(self, history: History):
         self.history = history
-        self.fields = torch.full((len(Fields._fields), len(history)), -1, dtype=torch.int32)
+        # What the rule reads of each slot; behind `used` there is no document.
+        self.fields = np.full((len(Fields._fields), len(history)), -1, dtype=np.int32)
         self.keys: dict[int, VisibleKeys] = {}
         self.length = self.used = 0  # tokens; slots
         self.cell: tuple[int, ...] | None = None
@@ -57,14 +70,20 @@ class Stream:
 
     def branch(self) -> Stream:
         twin = copy.copy(self)
-        twin.history, twin.fields, twin.keys = self.history.branch(self.used), self.fields.clone(), {}
+        twin.history, twin.fields, twin.keys = self.history.branch(self.used), self.fields.copy(), {}
         return twin
+
+    def leave(self) -> None:
+        """Nothing more will be written."""
+        for keys in self.keys.values():
+            if isinstance(keys, SharingKeys):
+                keys.leave()
 
     def take(self, fields: Sequence[int]) -> int:
         """The slot for a key with these fields."""
         if self.used == len(self.history):
             raise ValueError(f"the session holds {self.used} tokens and summaries a stream, this is one more")
-        self.fields[:, self.used] = torch.tensor(fields, dtype=torch.int32)
+        self.fields[:, self.used] = fields
         self.used += 1
         return self.used - 1
 
@@ -88,6 +107,8 @@ class DecodingSession:
         shape = (config.n_layer, 2, config.n_head, config.d_model // config.n_head)
         nothing = torch.empty(0, *shape, dtype=model.token.weight.dtype, device=model.device)
         self.streams = [Stream(History(nothing, room)) for _ in range(batch_size)]
+        self.prompts: set[tuple[int, int]] = set()  # those that are read once for all streams that branched off them
+        self.common: dict[tuple, SharedKeys] = {}
         # Kinds of queries that see the same types share their keys; summaries have their own.
         types = self.rule.visible.tolist()
         self.group_of_kind = [types.index(row) for row in types]
@@ -107,7 +128,6 @@ class DecodingSession:
         """Append one token to every active stream; logits (B, V) of what follows. ValueError where one is full."""
         rows = np.arange(self.batch_size) if active is None else np.flatnonzero(active)
         tokens, a = np.asarray(tokens)[rows], Annotations(*(np.asarray(values)[rows] for values in annotations))
-        kind = kinds(*(torch.from_numpy(x) for x in (a.type, a.track, a.bar))).tolist()
         # One row of `x` each: stream, slot, kind, position, instrument, ordinal, time.
         summaries: list[tuple] = []
         regular: list[tuple] = []
@@ -119,9 +139,10 @@ class DecodingSession:
                 slot = stream.take((0, start, stream.length - 1, its_bar, its_instrument, SUMMARY, -1))
                 summaries.append((stream, slot, SUMMARY, start, its_instrument, its_ordinal, its_time))
             here = stream.length
-            slot = stream.take((0, here, here, bar, instrument, kind[n], onset))
+            kind = _kind(type, track >= 0, bar >= 0)
+            slot = stream.take((0, here, here, bar, instrument, kind, onset))
             stream.follow(type, track, (here, bar, instrument, ordinal, time, slot))
-            regular.append((stream, slot, kind[n], here, instrument, ordinal, time))
+            regular.append((stream, slot, kind, here, instrument, ordinal, time))
         out = torch.zeros(self.batch_size, self.model.vocabulary.size, device=self.model.device)
         if len(rows):
             out[torch.from_numpy(rows).to(out.device)] = self.layers.head(self._run(tokens, summaries, regular)).float()
@@ -129,36 +150,45 @@ class DecodingSession:
 
     def _look(self, rows: Sequence[tuple]) -> list[VisibleKeys]:
         """The keys that the query of each row sees."""
-        looks: list[tuple[VisibleKeys, Stream, int, int, int]] = []
+        readers: list[VisibleKeys] = []
+        anew: list[tuple[VisibleKeys, Stream, int]] = []
         for stream, slot, kind, *_ in rows:
             group = self.group_of_kind[kind]
             keys = stream.keys.get(group)
             if keys is None:
-                keys = stream.keys[group] = VisibleKeys(stream.history)
+                keys = stream.keys[group] = self._new_keys(stream.history, group)
+            readers.append(keys)
             # Inside a cell bar and instrument stay, and no onset lies outside: what is before it is seen or is not.
-            start, cell = 0, -1
-            if kind != SUMMARY and stream.cell is not None:
-                cell = stream.cell[0]
-                start = stream.cell[-1] if keys.cell == cell else 0
-            keys.cell = cell
-            looks.append((keys, stream, slot, start, slot + 1))
-        short = [look for look in looks if look[4] - look[3] <= WINDOW]
-        long = [[look] for look in looks if look[4] - look[3] > WINDOW]
-        for group in [short, *long] if short else long:
-            length = max(stop - start for *_, start, stop in group)
-            # (7, rows, length), the end of each window; what stands before its start is not looked at
-            window = [stream.fields[:, max(stop - length, 0) : stop] for _, stream, _, _, stop in group]
-            window = torch.stack([F.pad(fields, (length - fields.shape[1], 0), value=-1) for fields in window], dim=1)
-            query = torch.stack([stream.fields[:, slot] for _, stream, slot, *_ in group], dim=1)[..., None]
-            seen = self.rule(Fields(*query), Fields(*window)).numpy()
-            for row, (keys, _, _, start, stop) in zip(seen, group):
-                keys.update(row[length - (stop - start) :], start)
-        return [keys for keys, *_ in looks]
+            cell = -1 if kind == SUMMARY or stream.cell is None else stream.cell[0]
+            if cell >= 0 and keys.cell == cell:
+                start = stream.cell[-1]
+                here = stream.fields[:, start : slot + 1]
+                keys.update(self.rule.inside_cell(kind, int(here[_ONSET, -1]), here[_KIND], here[_ONSET]), start)
+            else:
+                keys.cell = cell
+                anew.append((keys, stream, slot))
+        if anew:
+            length = max(slot for *_, slot in anew) + 1
+            window = torch.from_numpy(np.stack([stream.fields[:, :length] for _, stream, _ in anew], axis=1))
+            query = torch.from_numpy(np.stack([stream.fields[:, slot] for _, stream, slot in anew], axis=1))
+            seen = row_mask(self.rule, Fields(*query[..., None]), Fields(*window))[:, 0].numpy()
+            for row, (keys, _, slot) in zip(seen, anew):
+                keys.update(row[: slot + 1], 0)
+        return readers
+
+    def _new_keys(self, history: History, group: int) -> VisibleKeys:
+        prompt = _place_of(history)
+        if prompt not in self.prompts or group == NUM_KINDS:  # a summary may see nothing of the prompt
+            return VisibleKeys(history)
+        if (prompt, group) not in self.common:
+            self.common[prompt, group] = SharedKeys(history.shared)
+        return SharingKeys(history, self.common[prompt, group])
 
     def _run(self, tokens: np.ndarray, summaries: list[tuple], regular: list[tuple]) -> Tensor:
         """Rows through the layers, their keys into caches -> (regular rows, d_model)."""
         m, device, rows = len(summaries), self.model.device, [*summaries, *regular]
         readers = self._look(rows)
+        read = reader(readers, self.model.token.weight.dtype)
         numbers = torch.tensor([row[3:] for row in rows]).to(device)
         position, instrument, ordinal, time = numbers.unbind(1)
         x = self.model.embed(torch.from_numpy(tokens.astype(np.int64)).to(device), instrument[m:], ordinal[m:])
@@ -166,22 +196,24 @@ class DecodingSession:
             x = torch.cat([self.model.embed(None, instrument[:m], ordinal[:m]), x])
         # A summary is a key of its own query and of the token behind it.
         token_keys = {id(row[0]): keys for row, keys in zip(regular, readers[m:])}
-        written = [(n, keys.places(row[1])) for n, (row, keys) in enumerate(zip(rows, readers))]
-        written += [(n, token_keys[id(row[0])].places(row[1])) for n, row in enumerate(summaries)]
-        written, cached = [(n, places) for n, places in written if places], []
+        held = [(n, keys, int(keys.place[row[1]])) for n, (row, keys) in enumerate(zip(rows, readers))]
+        held += [
+            (n, token_keys[id(row[0])], int(token_keys[id(row[0])].place[row[1]])) for n, row in enumerate(summaries)
+        ]
+        written, cached = [(n, keys.rows, place) for n, keys, place in held if place >= 0], []
 
         def attend_cached(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             kv = torch.stack([k, v], dim=1)
             cached.append(kv)
-            for n, places in written:
-                places[i].copy_(kv[n])
-            q = q[:, None, :, None].unbind(0)  # (1, H, 1, D) each
-            return torch.cat([keys.attend(i, q[n]) for n, keys in enumerate(readers)]).flatten(1)
+            kv = bytes_of(kv)
+            for n, to, place in written:
+                to[place, i] = kv[n]
+            return read(i, q)
 
         hidden = self.layers(x, m, position, time, attend_cached)
-        values = torch.stack(cached, dim=1)  # (N, layer, 2, H, D)
+        values = bytes_of(torch.stack(cached, dim=1))  # (N, layer, 2, H, D)
         for n, (stream, slot, *_) in enumerate(rows):
-            stream.history.write(slot, values[n : n + 1])
+            stream.history.write(slot, values[n])
         return hidden
 
     @torch.inference_mode()
@@ -215,8 +247,8 @@ class DecodingSession:
         ):
             stream.follow(type, track, (stream.length, bar, instrument, ordinal, time, stream.length))
         if stream.cell is not None:
-            position, kind = (stream.fields[Fields._fields.index(name)] for name in ("position", "kind"))
-            slot = int(torch.nonzero((position == stream.cell[0]) & (kind != SUMMARY))[0])
+            position, kind = stream.fields[_POSITION], stream.fields[_KIND]
+            slot = int(np.flatnonzero((position == stream.cell[0]) & (kind != SUMMARY))[0])
             stream.cell = (*stream.cell[:-1], slot)
         return hidden[0, -1]
 
@@ -234,9 +266,9 @@ class DecodingSession:
                 f"the session holds {len(stream.history)} tokens and summaries a stream, the prompt has more"
             )
         stream.used += count
-        stream.fields[:, first : stream.used] = torch.stack(query)[:, 0]
+        stream.fields[:, first : stream.used] = torch.stack(query)[:, 0].numpy()
         device = self.model.device
-        key = Fields(*stream.fields[:, None, : stream.used].to(device))
+        key = Fields(*torch.from_numpy(stream.fields[:, None, : stream.used]).to(device))
         mask = row_mask(self.rule.to(device), Fields(*(x.to(device) for x in query)), key)
         visibility = Visibility(mask, stream.history.own.dtype)
 
@@ -259,10 +291,23 @@ class DecodingSession:
         for row in rows:
             stream = self.streams[row]
             kept.append(stream.branch() if stream in kept else stream)
+        for stream in self.streams:
+            if stream not in kept:
+                stream.leave()
         self.streams = kept
 
     def branch(self, rows: Sequence[int]) -> DecodingSession:
         """A session that goes on with these streams, in this order; this one stays as it is."""
         twin = copy.copy(self)
         twin.streams = [self.streams[row].branch() for row in rows]
+        count = Counter(_place_of(stream.history) for stream in twin.streams)
+        twin.prompts = set()
+        if self.model.device.type == "cpu":
+            twin.prompts = {place for place, n in count.items() if n >= SHARED_BY and place[1] >= SHARED_FROM}
+        twin.common = {}
         return twin
+
+
+def _place_of(history: History) -> tuple[int, int]:
+    """Where what it shares stands in memory, and its length."""
+    return history.shared.data_ptr(), len(history.shared)

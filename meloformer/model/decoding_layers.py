@@ -9,9 +9,10 @@
 
 At one row the time goes into reading weights and into calls, so: one product for q, k and v; weights stand (in, out),
 which on a CPU takes 0.56 of the time of (out, in) at one row of float32; the weights of the norms are multiplied into
-the products behind them, and those of heads into the table of rotations.
+the products behind them, and those of heads into the table of rotations. A CPU's library gives a product of one row to
+one thread, and a batch of them to all: so large weights stand in `parts` of columns or rows, one for each thread.
 
-The surprise: the copy is made once and does not follow the model's weights when they change.
+The surprise: the copy is made once, and follows neither the weights nor the number of threads when they change.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from torch import Tensor
 from meloformer.model.layers import FeedForward, RMSNorm
 from meloformer.model.transformer import Layer, MeloFormer
 
+SHARED = 2**18  # entries from which on a weight is shared between threads: 1 MB, 30 us of one core
+
 
 class DecodingLayers:
     """See the module's docstring."""
@@ -40,7 +43,7 @@ class DecodingLayers:
         # (layer, 1, q and k, 1, D); turned in float32 at least: bfloat16 would blur neighbouring positions
         self.scales = torch.stack(scales)[:, None, :, None].to(torch.promote_types(scales[0].dtype, torch.float32))
         self.swapped_scales = self.scales.roll(self.scales.shape[-1] // 2, -1)
-        self.head_weight = _behind(model.output_norm, model.token.weight)
+        self.head_product = _Columns(_behind(model.output_norm, model.token.weight))
 
     def __call__(self, x: Tensor, m: int, position: Tensor, time: Tensor, attend: Callable) -> Tensor:
         """x (N, d_model), m summaries first, positions and ticks (N,) -> (N - m, d_model) for `head`."""
@@ -50,23 +53,23 @@ class DecodingLayers:
         cos = torch.cat([cos, cos], dim=-1)[:, None, None] * self.scales  # (layer, N, 2, 1, D)
         sin = torch.cat([-sin, sin], dim=-1)[:, None, None] * self.swapped_scales
         for i, layer in enumerate(self.layers):
-            qkv = (unit(x) @ layer.qkv).unflatten(-1, (3, self.n_head, -1))  # (N, 3, H, D)
+            qkv = layer.qkv(unit(x)).unflatten(-1, (3, self.n_head, -1))  # (N, 3, H, D)
             qk, v = unit(qkv[:, :2]), qkv[:, 2]
             qk = torch.addcmul(qk * cos[i], qk.unflatten(-1, (2, -1)).flip(-2).flatten(-2), sin[i]).to(v.dtype)
-            x = torch.addmm(x, attend(i, qk[:, 0], qk[:, 1], v), layer.out)
+            x = layer.out(x, attend(i, qk[:, 0], qk[:, 1], v))
             if i == len(self.layers) - 1:
                 x, m = x[m:], 0
             x = layer.feed_forward(x, m)
         return x
 
     def head(self, hidden: Tensor) -> Tensor:
-        return unit(hidden) @ self.head_weight
+        return self.head_product(unit(hidden))
 
 
 class _Layer:
     def __init__(self, layer: Layer):
-        self.qkv = _behind(layer.norm, torch.cat([layer.query.weight, layer.key_value.weight]))
-        self.out = layer.out.weight.t().contiguous()
+        self.qkv = _Columns(_behind(layer.norm, torch.cat([layer.query.weight, layer.key_value.weight])))
+        self.out = _Rows(layer.out.weight.t())
         self.regular = _FeedForward(layer.feed_forward)
         summary = layer.summary_feed_forward
         self.summary = None if summary is None else _FeedForward(summary)
@@ -79,12 +82,65 @@ class _Layer:
 
 class _FeedForward:
     def __init__(self, part: FeedForward):
-        self.gate_up = _behind(part.norm, part.gate_up.weight)
-        self.out = part.out.weight.t().contiguous()
+        gate_up, out = _behind(part.norm, part.gate_up.weight), part.out.weight.t()
+        parts = parts_of(out, out.shape[0])
+        # Behind each other: the parts of the gate, those of what it opens.
+        self.gate_up = _split(gate_up, 1 if parts == 1 else 2 * parts, dim=1)
+        self.out = _split(out, parts, dim=0)
 
     def __call__(self, x: Tensor) -> Tensor:
-        gate, up = (unit(x) @ self.gate_up).chunk(2, dim=-1)
-        return torch.addmm(x, F.silu(gate).mul_(up), self.out)
+        h = unit(x)
+        if len(self.gate_up) == 1:
+            gate, up = (h @ self.gate_up[0])[None].chunk(2, dim=-1)
+        else:
+            gate, up = torch.bmm(h.expand(len(self.gate_up), *h.shape), self.gate_up).chunk(2)
+        return _add_parts(x, F.silu(gate).mul_(up), self.out)
+
+
+class _Columns:
+    """x (N, in) -> x @ weight (N, out)."""
+
+    def __init__(self, weight: Tensor):
+        self.parts = parts_of(weight, weight.shape[1])
+        self.weight = _split(weight, self.parts, dim=1)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.parts == 1:
+            return x @ self.weight[0]
+        return torch.bmm(x.expand(self.parts, *x.shape), self.weight).transpose(0, 1).flatten(1)
+
+
+class _Rows:
+    """x (N, out), h (N, in) -> x + h @ weight."""
+
+    def __init__(self, weight: Tensor):
+        self.parts = parts_of(weight, weight.shape[0])
+        self.weight = _split(weight, self.parts, dim=0)
+
+    def __call__(self, x: Tensor, h: Tensor) -> Tensor:
+        return _add_parts(x, h.unflatten(1, (self.parts, -1)).transpose(0, 1), self.weight)
+
+
+def _add_parts(x: Tensor, h: Tensor, weight: Tensor) -> Tensor:
+    """x + the sum of the products of h (parts, N, in / parts) and weight (parts, in / parts, out)."""
+    if len(weight) == 1:
+        return torch.addmm(x, h[0], weight[0])
+    return torch.bmm(h, weight).sum(dim=0).add_(x)
+
+
+def parts_of(weight: Tensor, size: int) -> int:
+    """Into how many parts a dimension of `size` is split: one for each thread, as far as that divides it.
+
+    One where the threads would wait for each other longer than for the weight, and on a GPU.
+    """
+    if weight.device.type != "cpu" or weight.numel() < SHARED:
+        return 1
+    return max(n for n in range(1, torch.get_num_threads() + 1) if size % n == 0)
+
+
+def _split(weight: Tensor, parts: int, dim: int) -> Tensor:
+    """(parts, in, out) of weight (in, out), one dimension of it divided."""
+    return torch.stack(weight.chunk(parts, dim))
 
 
 def unit(x: Tensor) -> Tensor:

@@ -124,6 +124,7 @@ class AttentionRule:
                 for k, other in enumerate(_LETTERS):
                     visible[q, k] = other in config.visible.get(letter, ())
         self.visible = visible
+        self._in_cell = visible.numpy() | self.full_causal
         self.same_bars = None if config.same_bar_offsets == "all" else _offset_table(config.same_bar_offsets)
         self.cross_bars = _offset_table(config.cross_bar_offsets)
 
@@ -142,6 +143,12 @@ class AttentionRule:
         from_summary = torch.where(k.kind == SUMMARY, causal, in_segment(q, k))
         from_regular = torch.where(k.kind == SUMMARY, has_ended(q, k), regular)
         return same_document(q, k) & torch.where(q.kind == SUMMARY, from_summary, from_regular)
+
+    def inside_cell(self, kind: int, onset: int, kinds: np.ndarray, onsets: np.ndarray) -> np.ndarray:
+        """What a regular query sees of itself and earlier tokens of its own bar or fill, (n,) bool: there only their
+        types and onsets decide."""
+        seen = self._in_cell[kind][kinds]
+        return seen | (onsets == onset) if onset >= 0 else seen
 
     def bar_rule(self, q: Fields, k: Fields) -> Tensor:
         """Bars of one's own instrument, and those of others at the chosen distances."""

@@ -39,7 +39,7 @@ class StaticSession:
         self.cache[: self.prompt] = own[: self.prompt]
         self.cache[-1] = 0  # read behind a mask, which a NaN would pass
         fields = torch.full((len(Fields._fields), batch_size, self.slots + 1), -1, dtype=torch.int32, device=device)
-        fields[:, :, : self.prompt] = stream.fields[:, None, : self.prompt].to(device)
+        fields[:, :, : self.prompt] = torch.from_numpy(stream.fields[:, None, : self.prompt]).to(device)
         self.fields = fields
         cell = (-1,) * 5 if stream.cell is None else stream.cell[:5]
         self.cell = torch.tensor(cell, device=device)[:, None].repeat(1, batch_size)

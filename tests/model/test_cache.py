@@ -95,6 +95,27 @@ def test_a_branch_leaves_its_session_as_it_was():
     assert root.length.tolist() == [60]
 
 
+@pytest.mark.parametrize("config", [{}, {"visible": None}, {"same_bar_offsets": [0, 1], "summaries": False}], ids=str)
+def test_streams_that_branched_off_one_prompt_read_it_together(config, monkeypatch):
+    """Each at its own pace, from a prompt that ends anywhere; some end, one branches again."""
+    monkeypatch.setattr(cache, "SHARED_FROM", 1)
+    model, tokens = tiny_model(**config), rich_stream(1)
+    for length in (1, len(tokens) // 3, len(tokens) // 2 + 3):
+        feeder, rng = Feeder(model, [tokens]), np.random.default_rng(length)
+        feeder.prefill([length])
+        feeder.session = feeder.session.branch([0] * 6)
+        feeder.rows = [0] * 6
+        for _ in range(60):
+            feeder.step(rng.random(6) < np.linspace(0.2, 1, 6))
+        assert feeder.session.common
+        feeder.session.keep([5, 1, 2, 5])
+        feeder.rows = [0] * 4
+        assert all(
+            common.readers.max() <= 3 for common in feeder.session.common.values()
+        )  # those that left see nothing
+        feeder.run(rng)
+
+
 def test_on_real_pieces_and_their_deferred_bars(real_midi):
     rng = np.random.default_rng(2)
     pieces = real_streams(real_midi, 2, 500)
