@@ -148,7 +148,10 @@ class _Sampler:
     def solve(self, level: int, problems: np.ndarray, conditions: Tensor | None) -> None:
         """Fill in the unknown cells of these problems (K,) of a level, conditions (K, 5, D)."""
         chunk = CHUNK.get(self.model.device.type, CHUNK["cuda"])
-        solve = self._solve_ar if isinstance(self.model.levels[level], ArLevel) else self._solve_mar
+        solve = self._solve_mar
+        if isinstance(self.model.levels[level], ArLevel):
+            solve = self._solve_ar
+            chunk *= self.known.shape[level + 1]  # for it takes one patch of each at a time
         if level < len(self.model.levels) - 1 or len(problems) <= chunk:
             solve(level, problems, conditions)
             return
