@@ -44,7 +44,7 @@ FORMAT = 1
 FAMILY = "fractal"
 FEED_FORWARD = 3.25  # d_ff by width: with SwiGLU this gives 48M parameters at the default sizes
 SILENT = 0.95  # of a roll's cells, before anything is learnt
-CHUNK = {"cpu": 64, "cuda": 16384}  # problems of the last level in one pass: what a cache, or a GPU, holds well
+CHUNK = {"cpu": 512, "cuda": 16384}  # problems of the last level in one pass: what a cache, or a GPU, holds well
 
 
 @dataclass

@@ -28,12 +28,14 @@ from torch import Tensor
 from meloformer.data import draws
 from meloformer.errors import UserError
 from meloformer.fractal.levels import ArLevel
-from meloformer.fractal.model import CHUNK, FractalMIDI
+from meloformer.fractal.model import FractalMIDI
 from meloformer.fractal.problems import PADDING, nest, unnest
 from meloformer.fractal.velocity import class_of, draw, velocity_of
 
 OnStep = Callable[[np.ndarray, np.ndarray], None]
 DEFAULT_ROUNDS = (12, 8, 4, 1)
+# Problems of the last level in one pass. Nothing is kept for a gradient, so fewer than in training fill a cache.
+CHUNK = {"cpu": 64, "cuda": 16384}
 
 
 def sample(
