@@ -166,7 +166,9 @@ def find_key(cls: type[Settings], spelled: str, where: str) -> Key:
         name, by_spelling, 1
     )
     is_flag = where.startswith("--")
-    remedy = "--help lists them all"
+    # A flag of the other family, say of --mode for a checkpoint of token streams, has nothing near it.
+    family = by_spelling.get("family")
+    remedy = f"--help lists those of the family {family.default}" if family else "--help lists them all"
     if near:
         key = by_spelling[near[0]]
         remedy = f"the nearest is {f'--{key.flag}' if is_flag else key.dotted}"

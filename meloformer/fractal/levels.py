@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from meloformer.fractal.velocity import CLASSES
 from meloformer.model.layers import FeedForward, RMSNorm, rotate
+from meloformer.model.linear import Linear
 
 SLOTS = 5  # own, above, right, below, left
 COLUMN_WAVE, ROW_WAVE = 512.0, 64.0  # longest wavelengths of rotary positions, in patches
@@ -39,9 +40,9 @@ class Block(nn.Module):
         super().__init__()
         self.num_heads, self.dropout = num_heads, dropout
         self.norm = RMSNorm(width)
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.qkv = Linear(width, 3 * width, bias=False)
         self.query_norm, self.key_norm = RMSNorm(width // num_heads), RMSNorm(width // num_heads)
-        self.out = nn.Linear(width, width, bias=False)
+        self.out = Linear(width, width, bias=False)
         self.feed_forward = FeedForward(width, d_ff)
 
     def forward(self, x: Tensor, mask: Tensor | None, causal: bool, rotary=None, cache: Cache | None = None) -> Tensor:
@@ -99,7 +100,7 @@ class Level(nn.Module):
         super().__init__()
         self.width, self.rows, self.columns, self.patch = width, rows, columns, patch
         self.gradient_checkpointing = False
-        self.pixels = nn.Linear(2 * patch * patch, width, bias=False)
+        self.pixels = Linear(2 * patch * patch, width, bias=False)
         # A single cell is also looked up: to copy a velocity exactly, its number on a line is a poor key.
         self.velocity = nn.Embedding(CLASSES + 1, width) if patch == 1 else None
         self.row = nn.Parameter(torch.empty(rows, width))
@@ -109,7 +110,7 @@ class Level(nn.Module):
             self.condition = self.slot = None
         else:
             self.first = None
-            self.condition = nn.Linear(cond_width, width, bias=False)
+            self.condition = Linear(cond_width, width, bias=False)
             self.slot = nn.Parameter(torch.empty(SLOTS, width))
         self.input_norm = RMSNorm(width)
         self.blocks = nn.ModuleList(Block(width, num_heads, d_ff, dropout) for _ in range(num_blocks))

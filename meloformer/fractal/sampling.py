@@ -12,13 +12,14 @@ next level, and those of one round, of all rolls, are one batch there.
 
 What surprises: every cell's random number, and every patch's place in the random order, is drawn beforehand from
 (seed, number of the roll). So a roll does not depend on its batch, and filling in leaf by leaf gives the same roll:
-`sample_leaf_by_leaf` is that, and is what the tests and the benchmark compare with.
+`leaf_by_leaf` is that, and is what the tests and the benchmark compare with.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -27,12 +28,14 @@ from torch import Tensor
 from meloformer.data import draws
 from meloformer.errors import UserError
 from meloformer.fractal.levels import ArLevel
-from meloformer.fractal.model import CHUNK, FractalMIDI
+from meloformer.fractal.model import FractalMIDI
 from meloformer.fractal.problems import PADDING, nest, unnest
 from meloformer.fractal.velocity import class_of, draw, velocity_of
 
 OnStep = Callable[[np.ndarray, np.ndarray], None]
 DEFAULT_ROUNDS = (12, 8, 4, 1)
+# Problems of the last level in one pass. Nothing is kept for a gradient, so fewer than in training fill a cache.
+CHUNK = {"cpu": 64, "cuda": 16384}
 
 
 def sample(
@@ -45,18 +48,16 @@ def sample(
     seed: int = 0,
     first: int = 0,
     on_step: OnStep | None = None,
+    leaf_by_leaf: bool = False,
 ) -> np.ndarray:
     """Fill in what is not kept. Roll i of the batch owns the random numbers of (seed, first + i).
 
     `on_step(roll uint8 (B, 128, T), known bool (B, 128, T))` sees copies: at the start and after every round (mar) or
-    patch (ar) of level 0. UserError for a width that is no multiple of 4, or too few numbers of rounds.
+    patch (ar) of level 0. `leaf_by_leaf` takes every patch and every cell in a pass of its own: slow and obvious, the
+    same rolls. UserError for a width that is no multiple of 4, or too few numbers of rounds.
     """
-    return _Sampler(model, known, keep, num_iter_list, temperature, sparsity_bias, seed, first, on_step).run()
-
-
-def sample_leaf_by_leaf(*arguments, **options) -> np.ndarray:
-    """`sample`, with every patch and every cell in a pass of its own: slow and obvious, the same rolls."""
-    return _LeafByLeaf(*arguments, **options).run()
+    sampler = (_LeafByLeaf if leaf_by_leaf else _Sampler)(model, known, keep, num_iter_list, seed, first)
+    return sampler.run(partial(draw, temperature=temperature, sparsity_bias=sparsity_bias), on_step)
 
 
 def remaining(unknown: np.ndarray | int, done: int, rounds: int) -> np.ndarray:
@@ -79,14 +80,11 @@ class _Sampler:
         model: FractalMIDI,
         known: np.ndarray,
         keep: np.ndarray,
-        num_iter_list: Sequence[int] = DEFAULT_ROUNDS,
-        temperature: float = 1.0,
-        sparsity_bias: float = 0.0,
-        seed: int = 0,
-        first: int = 0,
-        on_step: OnStep | None = None,
+        num_iter_list: Sequence[int],
+        seed: int,
+        first: int,
     ):
-        self.model, self.temperature, self.sparsity_bias, self.on_step = model, temperature, sparsity_bias, on_step
+        self.model = model
         self.sizes = model.config.img_size_list
         self.rounds = list(num_iter_list)
         if len(self.rounds) < len(model.levels) or min(self.rounds) < 1:
@@ -116,8 +114,10 @@ class _Sampler:
         self.order = [numbers(self.known.shape[1 : level + 2]) for level in range(len(model.levels))]
         self.uniform = torch.from_numpy(numbers(self.known.shape[1:])).to(model.device)
 
-    @torch.no_grad()
-    def run(self) -> np.ndarray:
+    @torch.inference_mode()
+    def run(self, draw_cells: Callable[[Tensor, Tensor], Tensor], on_step: OnStep | None) -> np.ndarray:
+        """`draw_cells` takes logits (S, 256) and numbers (S,) to classes (S,)."""
+        self.draw_cells, self.on_step = draw_cells, on_step
         was_training = self.model.training
         self.model.eval()
         try:
@@ -150,7 +150,10 @@ class _Sampler:
     def solve(self, level: int, problems: np.ndarray, conditions: Tensor | None) -> None:
         """Fill in the unknown cells of these problems (K,) of a level, conditions (K, 5, D)."""
         chunk = CHUNK.get(self.model.device.type, CHUNK["cuda"])
-        solve = self._solve_ar if isinstance(self.model.levels[level], ArLevel) else self._solve_mar
+        solve = self._solve_mar
+        if isinstance(self.model.levels[level], ArLevel):
+            solve = self._solve_ar
+            chunk *= self.known.shape[level + 1]  # for it takes one patch of each at a time
         if level < len(self.model.levels) - 1 or len(problems) <= chunk:
             solve(level, problems, conditions)
             return
@@ -224,7 +227,7 @@ class _Sampler:
             cells = self._send(children)
             logits = self.model.head(conditions)
             uniform = self.uniform.view(-1)[cells]
-            self.cells.view(-1)[cells] = draw(logits, uniform, self.temperature, self.sparsity_bias)
+            self.cells.view(-1)[cells] = self.draw_cells(logits, uniform)
         self._at(self.known, level).reshape(-1, self._at(self.known, level).shape[-1])[children] = True
 
     @property

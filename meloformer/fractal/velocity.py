@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from meloformer.model.layers import FeedForward, RMSNorm
+from meloformer.model.linear import Linear
 
 CLASSES = 256
 RARE = 1e-7  # share of a class that is no velocity of MIDI, in a new head
@@ -65,11 +66,11 @@ class VelocityHead(nn.Module):
 
     def __init__(self, cond_width: int, width: int, num_blocks: int, num_heads: int, d_ff: int, slots: int = 5):
         super().__init__()
-        self.project = nn.Linear(cond_width, width, bias=False)
+        self.project = Linear(cond_width, width, bias=False)
         self.slot = nn.Parameter(torch.empty(slots, width))
         self.blocks = nn.ModuleList(VelocityBlock(width, num_heads, d_ff) for _ in range(num_blocks))
         self.norm = RMSNorm(width)
-        self.out = nn.Linear(width, CLASSES, bias=True)
+        self.out = Linear(width, CLASSES, bias=True)
 
     def begin_at(self, counts: np.ndarray) -> None:
         """Before the first step, say how often each velocity (128,) stands in the music, whatever the conditions.
@@ -98,9 +99,9 @@ class VelocityBlock(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.norm, self.condition_norm = RMSNorm(width), RMSNorm(width)
-        self.query = nn.Linear(width, width, bias=False)
-        self.key_value = nn.Linear(width, 2 * width, bias=False)
-        self.out = nn.Linear(width, width, bias=False)
+        self.query = Linear(width, width, bias=False)
+        self.key_value = Linear(width, 2 * width, bias=False)
+        self.out = Linear(width, width, bias=False)
         self.feed_forward = FeedForward(width, d_ff)
 
     def forward(self, x: Tensor, conditions: Tensor) -> Tensor:

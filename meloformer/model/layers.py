@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from meloformer.model.linear import Linear
+
 # (shortest, longest) wavelength: in tokens, from 1 radian a token to beyond a row of 25k; in quarter notes.
 POSITION_WAVES = (2 * math.pi, 2.0**17)
 TIME_WAVES = (0.5, 2.0**15)
@@ -43,8 +45,8 @@ class FeedForward(nn.Module):
     def __init__(self, d_model: int, d_ff: int):
         super().__init__()
         self.norm = RMSNorm(d_model)
-        self.gate_up = nn.Linear(d_model, 2 * d_ff, bias=False)
-        self.out = nn.Linear(d_ff, d_model, bias=False)
+        self.gate_up = Linear(d_model, 2 * d_ff, bias=False)
+        self.out = Linear(d_ff, d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(self.norm(x)).chunk(2, dim=-1)

@@ -130,11 +130,7 @@ def locked(run: Path) -> Iterator[None]:
 def parse_state(folder: Path, state: dict) -> tuple[Fixed, Progress, dict]:
     """(Fixed, Progress, the config as a nested dict) of what a checkpoint's state.json says."""
     try:
-        progress = dict(state["progress"])
-        if "best_nats_per_note" in progress:  # how the ranking stood here while it had one place
-            score, step = progress.pop("best_nats_per_note"), progress.pop("best_step")
-            progress["ranking"] = [] if step is None else [[score, step]]
-        return Fixed(**state["fixed"]), Progress(**progress), state["config"]
+        return Fixed(**state["fixed"]), Progress(**state["progress"]), state["config"]
     except (KeyError, TypeError) as error:
         raise checkpoint.CheckpointError(f"{folder / checkpoint.STATE}: not a run's state ({error})") from None
 

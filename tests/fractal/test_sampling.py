@@ -10,7 +10,7 @@ import torch
 
 from meloformer.errors import UserError
 from meloformer.fractal import sampling
-from meloformer.fractal.sampling import remaining, sample, sample_leaf_by_leaf
+from meloformer.fractal.sampling import remaining, sample
 from tests.fractal.small import as_batch, random_roll, small_model
 
 KINDS = [("mar", "mar", "mar"), ("ar", "mar", "mar"), ("mar", "ar", "mar"), ("mar", "mar", "ar")]
@@ -34,7 +34,7 @@ def test_all_at_once_is_leaf_by_leaf(kinds, order):
     keep[1, :, :9] = True
     keep[1, 10:15] = True
     together = sample(model, known, keep, ROUNDS)
-    assert np.array_equal(together, sample_leaf_by_leaf(model, known, keep, ROUNDS))
+    assert np.array_equal(together, sample(model, known, keep, ROUNDS, leaf_by_leaf=True))
     assert np.array_equal(sample(model, known[1:], keep[1:], ROUNDS, first=1)[0], together[1])
     assert np.array_equal(together[1][keep[1]], known[1][keep[1]])
     assert 0.05 < (together[~keep] > 0).mean() < 0.99
@@ -46,7 +46,7 @@ def test_an_all_ar_model_too():
     known, keep = random_roll(16), np.ones((1, 128, 16), dtype=bool)
     keep[0, 62:66, 3:7] = False
     drawn = sample(model, known, keep, ROUNDS)
-    assert np.array_equal(drawn, sample_leaf_by_leaf(model, known, keep, ROUNDS))
+    assert np.array_equal(drawn, sample(model, known, keep, ROUNDS, leaf_by_leaf=True))
     assert np.array_equal(drawn[keep], known[keep]) and not np.array_equal(drawn, known)
 
 
