@@ -52,7 +52,7 @@ def describe(t: LoopConfig, family: Family, plan: Any, model: nn.Module, fixed: 
 
 
 def last_words(folder: Path, family: Family, fixed: Fixed, progress: Progress, signal_number: int) -> str:
-    if signal_number and progress.step < fixed.max_steps:
+    if signal_number and not progress.is_finished(fixed):
         name = name_of(signal_number)
         return f"{name}: saved at step {progress.step} of {fixed.max_steps}; go on with --resume auto"
     early = f", {progress.waited} validations without a better one" if progress.step < fixed.max_steps else ""

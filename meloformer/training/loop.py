@@ -93,7 +93,7 @@ def train_rank(config: Settings, ranks: Ranks, held: ExitStack) -> int:
         if settings.init_from:
             family.adopt(saved["model"], str(start))
         run.refuse_changes(start, fixed, saved, config, rows_per_step, family.free)
-        if progress.step >= fixed.max_steps or 0 < settings.patience <= progress.waited:
+        if progress.is_finished(fixed) or 0 < settings.patience <= progress.waited:
             if ranks.is_main:
                 print(f"{folder}: finished, at step {progress.step} of {fixed.max_steps}; nothing to resume")
             return 0
@@ -152,9 +152,47 @@ def train_rank(config: Settings, ranks: Ranks, held: ExitStack) -> int:
     log = (
         RunLog(folder, progress.step, fixed.max_steps, family.unit, family.board_tags) if ranks.is_main else SilentLog()
     )
+
+    def settle(stopping: int) -> bool:
+        """What is due behind a step: validation, a sample, a checkpoint; returns whether patience is at its end.
+
+        A run that is stopping saves at once, and its resumption begins with the validation that was due.
+        """
+        is_last, score, improved, waited_long = progress.step == fixed.max_steps, None, False, False
+        if progress.validation_due and not stopping:
+            result = family.evaluate(model, precision, ranks)
+            log.validation({"step": progress.step, **result}, family.validation_line(result))
+            score = family.score(result)
+            improved = progress.best_score is None or score < progress.best_score
+            progress.waited = 0 if improved else progress.waited + 1
+            progress.validation_due = False
+            waited_long = 0 < settings.patience <= progress.waited
+
+        due = settings.sample_interval and progress.step % settings.sample_interval == 0
+        if due and ranks.is_main and not stopping:
+            preview = family.preview(model, folder, progress.step)
+            log.preview(progress.step, preview.files, preview.images)
+
+        save_due = progress.step % settings.save_interval == 0
+        to_save = improved or is_last or stopping or waited_long or save_due
+        if to_save and score is not None:
+            progress.rank(score, family.keep_best)
+        if to_save and ranks.is_main:
+            log.sync()
+            checkpoint.save(
+                checkpoints,
+                family.checkpoint_name(progress.step, score),
+                model.save_pretrained,
+                optimizer_tensors(model, optimizers),
+                run.state_dict(fixed, progress, config),
+                settings.keep_last,
+                [step for _, step in progress.ranking],
+            )
+        return waited_long
+
     model.train()
     with StopSignals(echoes=ranks.world_size > 1) as stop, closing(log), closing(steps):
-        stopping, waited_long = 0, False
+        stopping, waited_long = 0, progress.validation_due and settle(0)
         while progress.step < fixed.max_steps and not stopping and not waited_long:
             started = time.perf_counter()
             epoch, is_last_of_epoch, step = next(steps)
@@ -217,41 +255,15 @@ def train_rank(config: Settings, ranks: Ranks, held: ExitStack) -> int:
 
             # Asked once a step, and of all ranks: what comes later, or to another rank, waits for the next step.
             stopping = ranks.highest(stop.requested)
-            save_due = progress.step % settings.save_interval == 0
             # Where checkpoints are ranked, each needs a validation of its own.
-            due = progress.step % settings.val_interval == 0 or is_last or (save_due and family.keep_best > 1)
-            score, improved = None, False
-            if due and family.validation.num_rows and not stopping:
-                result = family.evaluate(model, precision, ranks)
-                log.validation({"step": progress.step, **result}, family.validation_line(result))
-                score = family.score(result)
-                improved = progress.best_score is None or score < progress.best_score
-                progress.waited = 0 if improved else progress.waited + 1
-                waited_long = 0 < settings.patience <= progress.waited
-
-            due = settings.sample_interval and progress.step % settings.sample_interval == 0
-            if due and ranks.is_main and not stopping:
-                preview = family.preview(model, folder, progress.step)
-                log.preview(progress.step, preview.files, preview.images)
-
-            to_save = improved or is_last or stopping or waited_long or save_due
-            if to_save and score is not None:
-                progress.rank(score, family.keep_best)
-            if to_save and ranks.is_main:
-                log.sync()
-                checkpoint.save(
-                    checkpoints,
-                    family.checkpoint_name(progress.step, score),
-                    model.save_pretrained,
-                    optimizer_tensors(model, optimizers),
-                    run.state_dict(fixed, progress, config),
-                    settings.keep_last,
-                    [step for _, step in progress.ranking],
-                )
+            due = is_last or progress.step % settings.val_interval == 0
+            due = due or (family.keep_best > 1 and progress.step % settings.save_interval == 0)
+            progress.validation_due = bool(due and family.validation.num_rows)
+            waited_long = settle(stopping)
 
     if ranks.is_main:
         print(last_words(folder, family, fixed, progress, stopping), flush=True)
-    return stopping if progress.step < fixed.max_steps else 0
+    return 0 if progress.is_finished(fixed) else stopping
 
 
 # --- a step -----------------------------------------------------------------------------------------------------

@@ -49,6 +49,7 @@ class Progress:
     targets: int = 0
     ranking: list[list] = field(default_factory=list)  # [score, step] of the checkpoints kept for it, the best first
     waited: int = 0  # validations since the best one
+    validation_due: bool = False  # at this step; the run was stopped before it
 
     @property
     def best_score(self) -> float | None:
@@ -57,6 +58,9 @@ class Progress:
     @property
     def best_step(self) -> int | None:
         return self.ranking[0][1] if self.ranking else None
+
+    def is_finished(self, fixed: Fixed) -> bool:
+        return self.step >= fixed.max_steps and not self.validation_due
 
     def rank(self, score: float, keep: int) -> None:
         """Take this step's checkpoint into the ranking, which holds `keep` at most; of equals the earlier first."""

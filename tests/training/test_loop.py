@@ -150,6 +150,25 @@ def test_a_resumed_run_has_the_losses_of_an_unbroken_one(make_config, monkeypatc
         assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.parametrize("stopped", [4, 6])
+def test_a_validation_that_a_stop_forestalled_is_made_up_for(make_config, monkeypatch, capsys, stopped):
+    """SIGTERM in the very step: the checkpoint was saved, the validation was never done, at the last step neither."""
+    given = {"max_steps": 6, "val_interval": 2, "save_interval": 100}
+    straight, broken = make_config("straight", **given), make_config("broken", resume="auto", **given)
+    assert train(straight) == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, stopped)
+        assert train(broken) == signal.SIGTERM
+    assert "SIGTERM: saved at step" in capsys.readouterr().out
+    assert [record["step"] for record in records(broken, "validation")] == list(range(2, stopped, 2))
+    assert train(broken) == 0
+    one, other = ([(r["step"], r["nats_per_note"]) for r in records(c, "validation")] for c in (straight, broken))
+    assert one == other and [step for step, _ in one] == [2, 4, 6]
+    for name in ("best", "latest"):
+        pointers = [(Path(c.training.output_dir) / "checkpoints" / name).read_text() for c in (straight, broken)]
+        assert pointers[0] == pointers[1]
+
+
 def test_the_mean_loss_of_a_log_interval_survives_a_stop_in_its_middle(make_config, monkeypatch):
     straight = make_config("straight", max_steps=8, log_interval=4)
     train(straight)
