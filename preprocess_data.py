@@ -10,16 +10,15 @@ from meloformer.errors import exit_cleanly
 
 
 def main() -> None:
-    # What the workers need is imported in a process of its own, from the first moment on and while this one reads its
-    # flags and the names of the files: with many workers the time until they start is time that none of them works.
-    from meloformer.data.pool import begin_imports
-
-    begin_imports("meloformer.data.encoder")
     from meloformer.command_line import load
     from meloformer.config import PreprocessConfig
 
     config = load(PreprocessConfig, description=__doc__)
-    # After the flags, for numpy and symusic take a moment, and --help or a mistyped flag should answer at once.
+    # After the flags, for numpy and symusic take a moment, and --help or a mistyped flag should answer at once. What the
+    # workers need is imported in a process of its own meanwhile: the time until they start is time that none works.
+    from meloformer.data.pool import begin_imports
+
+    begin_imports("meloformer.data.encoder")
     from meloformer.data.preprocess import preprocess
 
     preprocess(config)

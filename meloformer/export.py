@@ -3,6 +3,8 @@
 In: a run of either family, or one of its checkpoints. Out: a folder with config.json, model.safetensors and state.json,
 which generate.py, evaluate.py and `train.py --init_from` take as they take a run; the optimizer's part, two thirds of a
 checkpoint or more, stays behind. `--half` writes the weights as bfloat16, half as large; they are read as float32.
+A model may write longer streams than the rows it was trained on: `evaluate.py --max_seq_len` tells how well it reads
+them, `--max_seq_len` here makes that its default.
 
 The surprise: state.json goes along, because evaluate.py takes from it which pieces were held out. `--data_dir` replaces
 where it says that the data lies.
@@ -23,7 +25,13 @@ from meloformer.pretrained import CONFIG, WEIGHTS, find_pretrained
 from meloformer.training.checkpoint import MODEL, STATE, checksum, read_state, read_tensors, state_checksum
 
 
-def export(checkpoint: str, output: str | Path, half: bool = False, data_dir: str | None = None) -> int:
+def export(
+    checkpoint: str,
+    output: str | Path,
+    half: bool = False,
+    data_dir: str | None = None,
+    max_seq_len: int | None = None,
+) -> int:
     """Write the folder; returns the bytes of its weights. UserError where there is no checkpoint of a run, or where the
     folder holds a model already."""
     source, output = find_pretrained(checkpoint), Path(output)
@@ -37,9 +45,16 @@ def export(checkpoint: str, output: str | Path, half: bool = False, data_dir: st
         if "data_dir" not in state["config"]["data"]:
             raise UserError("--data_dir is of the family meloformer; this model's lists of files name its data")
         state["config"]["data"]["data_dir"] = data_dir
+    for name in ("output_dir", "init_from", "resume"):  # where its run lay is of no use to others
+        state["config"].get("training", {}).pop(name, None)
+    config = (source / CONFIG).read_bytes()
+    if max_seq_len is not None:
+        about = json.loads(config)
+        if "max_seq_len" not in about:
+            raise UserError("--max_seq_len is of the family meloformer; this model's rolls are as wide as asked for")
+        config = json.dumps({**about, "max_seq_len": max_seq_len}, indent=1).encode()
     make_folder(output)
     write_atomic(output / WEIGHTS, save(tensors))
-    config = (source / CONFIG).read_bytes()
     state["sha256"] = {MODEL: checksum(output / WEIGHTS)}
     state["sha256"][STATE] = state_checksum(state)
     write_atomic(output / STATE, json.dumps(state, indent=1).encode())
@@ -55,8 +70,11 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="folder to make")
     parser.add_argument("--half", action="store_true", help="weights as bfloat16: half the size, a little less exact")
     parser.add_argument("--data_dir", help="where evaluate.py will find the data (default: where the run found it)")
+    parser.add_argument(
+        "--max_seq_len", type=int, help="tokens that generate.py writes at most, unless told (default: a training row)"
+    )
     options = parser.parse_args()
-    size = export(options.checkpoint, options.output, options.half, options.data_dir)
+    size = export(options.checkpoint, options.output, options.half, options.data_dir, options.max_seq_len)
     print(f"{options.output}: {size / 1e6:.1f} MB of weights")
     print(f"next: python generate.py --checkpoint {options.output} --output out/")
 
