@@ -14,8 +14,8 @@ def main() -> None:
     from meloformer.config import PreprocessConfig
 
     config = load(PreprocessConfig, description=__doc__)
-    # After the flags, for numpy and symusic take a moment, and --help or a mistyped flag should answer at once. What the
-    # workers need is imported in a process of its own meanwhile: the time until they start is time that none works.
+    # After the flags, for numpy and symusic take a moment, and --help or a mistyped flag should answer at once. What
+    # the workers need is imported in a process of its own meanwhile: until they start none of them works.
     from meloformer.data.pool import begin_imports
 
     begin_imports("meloformer.data.encoder")
