@@ -285,14 +285,22 @@ def find_chords(weights: np.ndarray, bar: np.ndarray, tick: np.ndarray) -> np.nd
     if not len(weights):
         return np.zeros((0, 3), dtype=np.int64)
     fit = chord_fit(weights)
-    first = np.flatnonzero(tick == 0)
-    of_bar = np.add.reduceat(fit, first, axis=0)
-    best = fit.max(axis=1)
-    both = np.add.reduceat(best, first)
+    # A bar is one half bar or two, so what reduceat would add up is one sum; it was a seventh of all this.
+    first, second = np.flatnonzero(tick == 0), np.flatnonzero(tick)
+    split = bar[second]
+
+    def by_bar(values: np.ndarray) -> np.ndarray:
+        total = values[first]
+        total[split] += values[second]
+        return total
+
+    of_bar = by_bar(fit)
+    chord = fit.argmax(axis=1)
+    best = fit[np.arange(len(fit)), chord]
+    both = by_bar(best)
     one = of_bar.argmax(axis=1)
     fits_one = of_bar[np.arange(len(first)), one]
-    sounding = np.add.reduceat((best > 0).astype(np.int64), first)
-    chord = fit.argmax(axis=1)
+    sounding = by_bar((best > 0).astype(np.int64))
     good = best >= LEAST_FIT
     joined = both - fits_one < SPLIT
     chord = np.where(joined[bar], one[bar], chord)
