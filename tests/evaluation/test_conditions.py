@@ -18,18 +18,6 @@ from meloformer.evaluation.conditions import report, subsets, worth_of
 from meloformer.hid import Family
 from meloformer.hid.controls import CONDITIONS
 from meloformer.model import MeloFormer
-from meloformer.training.loop import train
-from tests.training.small import small_config, write_corpus
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """The config of a finished run of one step."""
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("trained")
-    config = small_config(write_corpus(folder), folder / "run", max_steps=1)
-    train(config)
-    return config
 
 
 class Listener(torch.nn.Module):

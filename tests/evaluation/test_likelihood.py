@@ -18,20 +18,8 @@ from meloformer.evaluation.likelihood import TYPES, evaluate_likelihood, split_b
 from meloformer.hid import Family, Vocabulary
 from meloformer.hid.rows import _GIVEN, make_row, stack_rows
 from meloformer.model import MeloFormer
-from meloformer.training.loop import train
-from tests.training.small import small_config, write_corpus
 
 VOCABULARY = Vocabulary()
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """The config of a finished run of two steps."""
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("trained")
-    config = small_config(write_corpus(folder), folder / "run", max_steps=2)
-    train(config)
-    return config
 
 
 class Uniform(torch.nn.Module):
