@@ -67,6 +67,8 @@ def test_a_new_head_says_how_often_each_velocity_stands_in_the_music():
     counts = np.zeros(128, dtype=np.int64)
     counts[[0, 64, 127]] = 9000, 900, 100
     head = VelocityHead(8, 16, 1, 2, 32)
+    for parameter in head.parameters():  # a model initialises all of its parts together; alone they hold anything
+        torch.nn.init.normal_(parameter)
     head.begin_at(counts)
     shares = head(torch.randn(2, 5, 16)).softmax(-1)
     assert torch.equal(shares[0], shares[1])
