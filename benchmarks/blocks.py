@@ -2,9 +2,10 @@
 
     python -m benchmarks.blocks --data_dir processed/ --lengths 2048,8192,24576 --rows 6
 
-Prints a table for packed rows and one for rows of a single piece (not cut, nothing deferred): each line an order of the
-tokens in memory, each column a block size, each number the area of the visited blocks, summaries included, over that
-of the baseline's own 128 x 128 blocks. The last lines keep keys in another order than queries, or see fewer bars.
+Prints a table for packed rows as training draws them (some bars deferred), one for packed rows with nothing deferred
+and one for rows of a single piece (not cut, nothing deferred): each line an order of the tokens in memory, each column
+a block size, each number the area of the visited blocks, summaries included, over that of the baseline's own 128 x 128
+blocks. The last lines keep keys in another order than queries, or see fewer bars.
 """
 
 from __future__ import annotations
@@ -66,14 +67,18 @@ def main() -> None:
         ("the same, same_bar_offsets 0,1,2,4,8,12..", fewer_bars, QUERY_ORDER, KEY_ORDER, True),
     ]
     for length in map(int, arguments.lengths.split(",")):
-        for single in (False, True):
-            rows = packed_rows(arguments.data_dir, length, arguments.rows, single_piece=single)
+        for title, choice in (
+            ("packed, bars deferred as in training", {}),
+            ("packed, nothing deferred", {"deferred": False}),
+            ("one piece each, nothing deferred", {"single_piece": True}),
+        ):
+            rows = packed_rows(arguments.data_dir, length, arguments.rows, **choice)
             if not rows:
                 continue
             bases = [baseline_blocks(row) for row in rows]
             pieces = [int(row["document"].max()) + 1 for row in rows]
-            about = "one piece each, nothing deferred" if single else f"packed, {np.mean(pieces):.1f} pieces each"
-            print(f"\n{length} tokens, {len(rows)} rows, {about}; baseline {np.mean(bases):.0f} blocks")
+            mean = f"{np.mean(pieces):.1f} pieces each"
+            print(f"\n{length} tokens, {len(rows)} rows, {title}, {mean}; baseline {np.mean(bases):.0f} blocks")
             print(f"{'':42}" + "".join(f"{f'{q} x {k}':>11}" for q, k in BLOCK_SIZES))
             for name, rule, queries, keys, cut in variants:
                 shares = [

@@ -49,13 +49,12 @@ _compiled_flex = {
 
 
 class Visibility:
-    """Dense: made once, used by every layer. A kernel turns a boolean mask into an additive one at every call, half of
-    its forward time on a CPU; here that is done once."""
+    """Dense: made once, used by every layer; additive, as kernels make a boolean mask at every call."""
 
     def __init__(self, mask: Tensor, dtype: torch.dtype):
         self.blind = ~mask.any(dim=-1)  # (B, Q) queries that see nothing
-        self.bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)  # (B, Q, K) 0 or -inf
-        self.bias.masked_fill_(~(mask | self.blind[..., None]), float("-inf"))
+        shown, hidden = (torch.full((), x, dtype=dtype, device=mask.device) for x in (0.0, float("-inf")))
+        self.bias = torch.where(mask | self.blind[..., None], shown, hidden)  # (B, Q, K)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         first = self.blind.shape[1] - q.shape[1]
