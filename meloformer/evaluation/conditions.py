@@ -38,8 +38,10 @@ def subsets(names: Sequence[str], known: Sequence[str] = tuple(CONDITIONS)) -> d
     for name in names:
         if name not in (*CONDITIONS, NONE, EACH, ALL):
             raise UserError(f"conditions is {name!r}, must be of {', '.join(CONDITIONS)}, or all, each or none")
-        if not known or (name in CONDITIONS and name not in known):
-            raise UserError(f"conditions: the model was trained without {name} and knows {', '.join(known) or 'none'}")
+        if not known:
+            raise UserError("conditions: the model was trained without any, so there are none to give")
+        if name in CONDITIONS and name not in known:
+            raise UserError(f"conditions: the model was trained without {name} and knows {', '.join(known)}")
     alone = [name for name in names if name in CONDITIONS]
     if alone:
         found["+".join(alone)] = tuple(alone)

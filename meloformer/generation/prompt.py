@@ -7,8 +7,8 @@
 
 Four tasks, one mechanism each: `continuation` masks the new bars of every track, `rewriting` the chosen cells (track,
 bar), and their FILLs are generated; `accompaniment` lets new tracks follow the given ones; `anew` keeps bars, meters,
-tempos and instruments, and no note. A piece that is longer than
-the context is read through a window: its last bars, or bars round the chosen cells. `Task.note` says so.
+tempos and instruments, and no note. A piece that is longer than the context is read through a window: its last bars, or
+bars round the chosen cells. `Task.note` says so.
 
 The surprise: what is masked is not shown to the model at all, so a rewritten bar owes nothing to the old one but the
 music around it, and to its piece's key, chords, densities and roles where the model was trained with them: those are
