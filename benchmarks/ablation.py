@@ -31,6 +31,7 @@ from torch import nn
 
 from benchmarks.bar_major import BarMajorPlan
 from benchmarks.both_sides import both_sides
+from meloformer.command_line import Parser
 from meloformer.config import DataConfig, ModelConfig, PreprocessConfig
 from meloformer.data import Corpus, RowPlan, Step, batches
 from meloformer.data.preprocess import preprocess
@@ -235,6 +236,18 @@ def run_one(name: str, seed: int, corpus: Corpus, arguments: argparse.Namespace)
     return result
 
 
+def keep_settings(arguments: argparse.Namespace, corpus: Corpus) -> dict:
+    """What every finished run in --output was made with, written there; UserError where that is something else."""
+    free = ("output", "variants", "runs", "seeds", "plot", "data_dir", "midi", "folders", "workers")
+    settings = {key: value for key, value in vars(arguments).items() if key not in free}
+    settings |= {"data_hash": corpus.hash, "data": PLAIN}
+    kept = arguments.output / "settings.json"
+    if kept.is_file() and json.loads(kept.read_text()) != settings:
+        raise UserError(f"{kept}: the results beside it have other settings; give them again, or another --output")
+    write_atomic(kept, json.dumps(settings, indent=1).encode())
+    return settings
+
+
 # --- all of them ------------------------------------------------------------------------------------------------
 
 
@@ -350,7 +363,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--variants", default=",".join(VARIANTS), help="names, with commas: " + ", ".join(VARIANTS))
     parser.add_argument("--seeds", default="0,1,2", help="numbers, with commas; all variants of a seed run first")
     parser.add_argument("--plot", type=Path, metavar="OUT.png", help="draw the differences to the default rule")
@@ -369,13 +382,7 @@ def main() -> None:
     output: Path = arguments.output
     output.mkdir(parents=True, exist_ok=True)
     corpus = prepare_corpus(arguments, output)
-    free = ("output", "variants", "seeds", "plot", "data_dir", "midi", "folders", "workers")
-    settings = {key: value for key, value in vars(arguments).items() if key not in free}
-    settings |= {"data_hash": corpus.hash, "data": PLAIN}
-    kept = output / "settings.json"
-    if kept.is_file() and json.loads(kept.read_text()) != settings:
-        raise UserError(f"{output}: holds results of other settings ({kept}); give them again, or another --output")
-    write_atomic(kept, json.dumps(settings, indent=1).encode())
+    settings = keep_settings(arguments, corpus)
     for seed in seeds:
         for name in names:
             path = output / f"{name}-{seed}.json"

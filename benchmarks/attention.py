@@ -11,7 +11,6 @@ gathered, which is what a CPU trains with, forward and backward beside dense and
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 
@@ -21,9 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks import in_short, whole_numbers
 from benchmarks.blocks import baseline_blocks
 from benchmarks.rows import packed_rows
+from meloformer.command_line import Parser
 from meloformer.config import MODEL_SIZES, ModelConfig
+from meloformer.errors import UserError, exit_cleanly
 from meloformer.hid.rows import stack_rows
 from meloformer.model.attention import BlockVisibility, GatheredVisibility, PieceVisibility, Visibility, attend
 from meloformer.model.block_table import order_of
@@ -141,7 +143,8 @@ def gathered_beside_dense(rule: AttentionRule, batch: dict, size: str) -> None:
         )
 
 
-def one_case(batch: dict, rows: list, device: torch.device, size: str, block_sizes: list[tuple[int, int]]) -> None:
+def one_case(batch: dict, rows: list, device: torch.device, size: str, block_sizes: list[tuple[int, int]]) -> int:
+    """Prints one case; how many block sizes failed."""
     train = device.type == "cuda"
     rule, n = AttentionRule(ModelConfig(size="small")), batch["tokens"].shape[1]
     joint = joint_fields(batch)
@@ -154,6 +157,8 @@ def one_case(batch: dict, rows: list, device: torch.device, size: str, block_siz
             )
         except RuntimeError as error:
             print(f"    {name}: not on this device ({str(error).splitlines()[0][:80]})")
+    if not results:
+        raise UserError("no kernel of the baseline runs on this device, so there is nothing to compare with")
     name, (base_ms, base_mib) = min(results.items(), key=lambda item: item[1][0])
     print(f"    baseline {name}: {base_ms:.2f} ms" + (f", {base_mib:.0f} MiB" if train else ""))
 
@@ -161,25 +166,33 @@ def one_case(batch: dict, rows: list, device: torch.device, size: str, block_siz
         dense_beside_direct(rule, joint, qkv, m, device)
         gathered_beside_dense(rule, batch, size)
     qkv, base = random_qkv(len(rows), length, size, device, train), sum(map(baseline_blocks, rows))
+    failed = 0
     for block_size in block_sizes:
+        shape = f"{block_size[0]:>3} x {block_size[1]:<3}"
         order = np.stack([order_of(joint.at(b), m, block=block_size[0]) for b in range(len(rows))])
         fields = Fields(*(field.gather(1, torch.from_numpy(order)) for field in joint))
-        build, _ = measure(lambda f=fields, b=block_size: BlockVisibility(rule, f, m, device, b), device)
-        visibility = BlockVisibility(rule, fields, m, device, block_size)
+        try:
+            build, _ = measure(lambda f=fields, b=block_size: BlockVisibility(rule, f, m, device, b), device)
+            visibility = BlockVisibility(rule, fields, m, device, block_size)
+            ms, mib = measure(forward_backward(lambda q, k, v, x=visibility: attend(q, k, v, x), qkv, train), device)
+        except Exception as error:  # what compilers and kernels raise has no common name; it costs this size alone
+            print(f"    sparse {shape}: {in_short(error)}", flush=True)
+            failed += 1
+            continue
         visited = int((visibility.counts > 0).sum()) * block_size[0] * block_size[1] / 128**2 / base
-        ms, mib = measure(forward_backward(lambda q, k, v, x=visibility: attend(q, k, v, x), qkv, train), device)
         memory = f", {mib:.0f} MiB ({mib / base_mib:.2f} of the baseline's)" if train else ""
         print(
-            f"    sparse {block_size[0]:>3} x {block_size[1]:<3}: {ms:.2f} ms{memory}; blocks {visited:.3f}; "
+            f"    sparse {shape}: {ms:.2f} ms{memory}; blocks {visited:.3f}; "
             f"speed {base_ms / ms:.2f} of the baseline's; table {build:.1f} ms",
             flush=True,
         )
+    return failed
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--data_dir", required=True, help="folder that preprocess_data.py wrote")
-    parser.add_argument("--lengths", default="2048,8192,24576", help="tokens in a row, on CUDA")
+    parser.add_argument("--lengths", default="2048,8192,24576", type=whole_numbers, help="tokens in a row, on CUDA")
     parser.add_argument("--cpu_tokens", type=int, default=2048, help="tokens in a row, on a CPU")
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--model_size", choices=list(MODEL_SIZES), default="base")
@@ -188,10 +201,11 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"
     block_sizes = [tuple(map(int, s.split("x"))) for s in arguments.block_size or ("64x64", "128x64", "128x128")]
-    lengths = list(map(int, arguments.lengths.split(","))) if on_gpu else [arguments.cpu_tokens]
+    lengths = arguments.lengths if on_gpu else [arguments.cpu_tokens]
     about = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     work = "forward and backward, bf16" if on_gpu else "a reduced form: flex forward only"
     print(f"{about}; torch {torch.__version__}; {arguments.model_size} heads; {work}")
+    failed = 0
     for length in lengths:
         for single in (True, False):
             rows = packed_rows(arguments.data_dir, length, arguments.batch_size, single_piece=single)
@@ -199,8 +213,10 @@ def main() -> None:
                 print(f"{length} tokens: too few rows of one piece")
                 continue
             print(f"{length} tokens x {len(rows)}, {'one piece a row' if single else 'packed'}")
-            one_case(stack_rows(rows), rows, device, arguments.model_size, block_sizes)
+            failed += one_case(stack_rows(rows), rows, device, arguments.model_size, block_sizes)
+    if failed:
+        raise UserError(f"{failed} block sizes failed: see above")
 
 
 if __name__ == "__main__":
-    main()
+    exit_cleanly(main)

@@ -10,13 +10,14 @@ blocks. The last lines keep keys in another order than queries, or see fewer bar
 
 from __future__ import annotations
 
-import argparse
-
 import numpy as np
 import torch
 
+from benchmarks import whole_numbers
 from benchmarks.rows import packed_rows
+from meloformer.command_line import Parser
 from meloformer.config import ModelConfig
+from meloformer.errors import exit_cleanly
 from meloformer.model.block_table import KEY_ORDER, QUERY_ORDER, count_blocks, order_of
 from meloformer.model.masks import AttentionRule, joint_fields
 
@@ -48,9 +49,9 @@ def visited(rule: AttentionRule, row: dict[str, np.ndarray], block_size, queries
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--data_dir", required=True, help="folder that preprocess_data.py wrote")
-    parser.add_argument("--lengths", default="2048,8192,24576", help="tokens in a row")
+    parser.add_argument("--lengths", default="2048,8192,24576", type=whole_numbers, help="tokens in a row")
     parser.add_argument("--rows", type=int, default=6, help="rows of each length")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -66,7 +67,7 @@ def main() -> None:
         ("the same without summaries", without, QUERY_ORDER, KEY_ORDER, True),
         ("the same, same_bar_offsets 0,1,2,4,8,12..", fewer_bars, QUERY_ORDER, KEY_ORDER, True),
     ]
-    for length in map(int, arguments.lengths.split(",")):
+    for length in arguments.lengths:
         for title, choice in (
             ("packed, bars deferred as in training", {}),
             ("packed, nothing deferred", {"deferred": False}),
@@ -89,4 +90,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_cleanly(main)

@@ -22,7 +22,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks import whole_numbers
+from meloformer.command_line import Parser
 from meloformer.device import autocast, choose_precision
+from meloformer.errors import UserError, exit_cleanly
 from meloformer.fractal.config import FractalModel
 from meloformer.fractal.model import FractalMIDI
 from meloformer.fractal.sampling import sample
@@ -90,19 +93,22 @@ def training_step(task: dict) -> dict:
 def in_its_own_process(task: dict) -> dict:
     command = [sys.executable, "-m", "benchmarks.fractal", "--one", json.dumps(task)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit status {done.returncode}"
-        return {"refused": reason}
+    if done.returncode:  # a CUDA error ends in advice: what went wrong stands before it
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        return {"refused": next((line for line in reversed(lines) if "Error" in line), lines[-1])}
     return json.loads(done.stdout)
 
 
-def train_table(options: argparse.Namespace, task: dict) -> None:
+def train_table(options: argparse.Namespace, task: dict) -> bool:
+    """Whether every configuration could be measured."""
+    every = True
     print("training step:     crop   rolls   seconds   columns/s   peak MiB", flush=True)
     for kind in options.kinds.split(","):
-        for crop in map(int, options.crops.split(",")):
+        for crop in options.crops:
             found = in_its_own_process({**task, "kind": kind, "crop": crop})
             if "refused" in found:
                 print(f"  {kind:15} {crop:6} {task['batch_size']:7}   {found['refused']}", flush=True)
+                every = False
                 continue
             speed = crop * task["batch_size"] / found["seconds"]
             print(
@@ -110,14 +116,17 @@ def train_table(options: argparse.Namespace, task: dict) -> None:
                 f"{found['bytes'] / MIB:10.0f}",
                 flush=True,
             )
+    return every
 
 
-def checkpointing_table(options: argparse.Namespace, task: dict) -> None:
-    crop = options.checkpointing_crop
+def checkpointing_table(options: argparse.Namespace, task: dict) -> bool:
+    """Whether every configuration could be measured."""
+    crop, every = options.checkpointing_crop, True
     for kind in options.kinds.split(","):
         both = [in_its_own_process({**task, "kind": kind, "crop": crop, "checkpointing": on}) for on in (False, True)]
         if any("refused" in found for found in both):
             print(f"activation checkpointing, {kind}, crop {crop}: {both}")
+            every = False
             continue
         off, on = both
         print(
@@ -126,6 +135,7 @@ def checkpointing_table(options: argparse.Namespace, task: dict) -> None:
             f"{on['seconds'] / off['seconds']:.2f} of the time",
             flush=True,
         )
+    return every
 
 
 def timed(draw, model: FractalMIDI, width: int, rounds: list[int], number: int, clock) -> float:
@@ -167,10 +177,10 @@ def leaf_ratio(options: argparse.Namespace, device: torch.device, clock) -> None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
     parser.add_argument("--kinds", default="mar,ar", help="generators")
-    parser.add_argument("--crops", default="128,256,512,1024", help="columns of a training roll")
+    parser.add_argument("--crops", default="128,256,512,1024", type=whole_numbers, help="columns of a training roll")
     parser.add_argument("--checkpointing_crop", type=int, default=512)
     parser.add_argument("--batch_size", type=int, help="rolls of a step (default: 8 on CUDA, 1 on a CPU)")
     parser.add_argument("--samples", type=int, help="rolls sampled at once (default: 8 on CUDA, 1 on a CPU)")
@@ -213,15 +223,18 @@ def main() -> None:
         "steps": options.steps,
         "threads": options.threads,
     }
+    every = True
     if "train" in parts:
-        train_table(options, task)
+        every &= train_table(options, task)
     if "checkpointing" in parts:
-        checkpointing_table(options, task)
+        every &= checkpointing_table(options, task)
     if "sampling" in parts:
         sampling_table(options, device, options.samples or (8 if on_gpu else 1), clock)
     if "leaf" in parts:
         leaf_ratio(options, device, clock)
+    if not every:
+        raise UserError("some configurations were refused: see the table")
 
 
 if __name__ == "__main__":
-    main()
+    exit_cleanly(main)

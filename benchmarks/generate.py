@@ -20,8 +20,11 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from meloformer.config import ModelConfig
+from benchmarks import whole_numbers
+from meloformer.command_line import Parser
+from meloformer.config import MODEL_SIZES, ModelConfig
 from meloformer.device import choose_device
+from meloformer.errors import exit_cleanly
 from meloformer.generation import Request, Sampling
 from meloformer.generation.on_device import DeviceBatch, captured
 from meloformer.generation.request import ConstrainedState
@@ -165,12 +168,12 @@ def on_gpu(model: MeloFormer, tokens: np.ndarray, options: argparse.Namespace) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", help="default small, on a GPU base")
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=list(MODEL_SIZES), help="default small, on a GPU base")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--contexts", default="1000,4096,16000")
-    parser.add_argument("--batch_sizes", default="1,16")
+    parser.add_argument("--contexts", default="1000,4096,16000", type=whole_numbers)
+    parser.add_argument("--batch_sizes", default="1,16", type=whole_numbers)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--uncached_up_to", type=int, default=4096, help="longest context without a cache")
@@ -180,8 +183,7 @@ def main() -> None:
     options.size = options.size or ("small" if device.type == "cpu" else "base")
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    contexts = [int(word) for word in options.contexts.split(",")]
-    batch_sizes = [int(word) for word in options.batch_sizes.split(",")]
+    contexts, batch_sizes = options.contexts, options.batch_sizes
     vocabulary, config = Vocabulary(), ModelConfig(size=options.size)
     model = MeloFormer(config, vocabulary).eval().to(device)
     room = options.steps * (options.rounds + 1) + 2
@@ -225,4 +227,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_cleanly(main)

@@ -12,10 +12,10 @@ The surprise: the reference is the windows, not the whole pieces, because a piec
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from meloformer.command_config import EvaluateConfig, GenerateConfig
+from meloformer.command_line import Parser
 from meloformer.config import DataConfig
 from meloformer.data import Corpus
 from meloformer.data.packing import split_pieces
@@ -53,7 +53,7 @@ def write_windows(checkpoint: str, folder: Path, bars: int) -> list[Path]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", required=True, help="a run")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--pieces", type=int, default=100, help="new pieces, at least")

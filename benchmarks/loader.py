@@ -12,12 +12,13 @@ What surprises: workers are threads, so what they gain is the part of numpy that
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 
+from meloformer.command_line import Parser
 from meloformer.config import DataConfig
 from meloformer.data import Corpus, RowPlan, batches
+from meloformer.errors import exit_cleanly
 
 CHUNK = 1 << 20
 
@@ -52,7 +53,7 @@ def per_second(work: Callable[[], int], repeats: int) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--data_dir", required=True)
     parser.add_argument("--max_seq_len", type=int, default=24576)
     parser.add_argument("--rows", type=int, default=8)
@@ -76,4 +77,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_cleanly(main)

@@ -33,10 +33,12 @@ from benchmarks.ablation import (
     equal_parameters,
     fit,
     held_out,
+    keep_settings,
     prepare_corpus,
     reference_model,
     steps_of,
 )
+from meloformer.command_line import Parser
 from meloformer.config import DataConfig, ModelConfig
 from meloformer.data import Corpus, RowPlan, Step, num_targets
 from meloformer.data.draws import generator, mix
@@ -136,13 +138,20 @@ def batched(rows: list[dict], size: int) -> Iterator[dict[str, np.ndarray]]:
         yield stack_rows(rows[first : first + size])
 
 
+def cut(stream: np.ndarray, start: int, length: int) -> Iterator[dict[str, np.ndarray]]:
+    """The rows of a stream from `start` on, and what stands before: each token but the first is a target once."""
+    if start:
+        yield from rows_of(stream[: start + 1], length)
+    yield from rows_of(stream[start:], length)
+
+
 def remi_steps(streams: list[np.ndarray], length: int, seed: int, arguments: argparse.Namespace) -> Iterator[Step]:
     """Steps over the rows of all pieces in random order, cut from another place in every epoch."""
     epoch, size = 0, arguments.batch_size * arguments.gradient_accumulation_steps
     while True:
         rng = generator(seed, epoch, "remi")
         starts = [int(rng.integers(length)) % (len(stream) - 1) for stream in streams]
-        rows = [row for stream, start in zip(streams, starts) for row in rows_of(stream[start:], length)]
+        rows = [row for stream, start in zip(streams, starts) for row in cut(stream, start, length)]
         rows = [rows[i] for i in rng.permutation(len(rows))]
         for index in range(len(rows) // size):
             micro_batches = list(batched(rows[index * size : (index + 1) * size], arguments.batch_size))
@@ -222,7 +231,7 @@ def show(results: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", default="0,1,2", help="numbers, with commas")
     parser.add_argument("--runs", default=",".join(RUNS), help="which of them, with commas")
     parser.add_argument("--max_samples", type=int, help="training pieces, the same ones for all (default: all)")
@@ -235,6 +244,7 @@ def main() -> None:
             raise UserError(f"--runs {name}: no such run; there are {', '.join(RUNS)}")
     arguments.output.mkdir(parents=True, exist_ok=True)
     corpus = prepare_corpus(arguments, arguments.output)
+    keep_settings(arguments, corpus)
     for seed in map(int, arguments.seeds.split(",")):
         for name in names:
             path = arguments.output / f"{name}-{seed}.json"

@@ -10,7 +10,6 @@ function of --seed.
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 import time
@@ -22,8 +21,9 @@ import symusic
 import torch
 from miditoolkit import MidiFile
 
+from meloformer.command_line import Parser
 from meloformer.config import ModelConfig
-from meloformer.errors import UserError
+from meloformer.errors import UserError, exit_cleanly
 from meloformer.generation import Part, Request, Sample, Sampling, Steering, generate
 from meloformer.generation.guidance import has_conditions
 from meloformer.generation.prompt import Prompt, Task, accompaniment, anew, continuation, rewriting
@@ -174,7 +174,7 @@ def prompts(folder: Path, model: MeloFormer, rng: np.random.Generator, count: in
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--midi", type=Path, help="folder of MIDI files to go on from; without it, all is from nothing")
     parser.add_argument("--checkpoint", help="a trained model")
@@ -232,4 +232,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_cleanly(main)

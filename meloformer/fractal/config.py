@@ -193,7 +193,9 @@ class FractalTraining(LoopConfig):
     )
     num_images_to_log: int = option(4, "rolls in each of them")
     generation_length: int | None = option(None, "columns of the generated ones", shown="crop_length")
-    preview_num_iter_list: list[int] = option([8, 4, 2, 1], "rounds of the generated ones at each level", spaced=True)
+    preview_num_iter_list: list[int] | None = option(
+        None, "rounds of the generated ones at each level", spaced=True, shown="8 4 2 1, as many as there are levels"
+    )
 
     def validate(self) -> None:
         self.require(
@@ -211,9 +213,8 @@ class FractalTraining(LoopConfig):
         good = width is None or (width >= 4 and width % 4 == 0)
         self.require(good, "training.generation_length", width, "a multiple of 4", "leave it out for crop_length")
         rounds = self.preview_num_iter_list
-        self.require(
-            min(rounds, default=0) >= 1, "training.preview_num_iter_list", rounds, "numbers from 1 on", SEE_DEFAULT
-        )
+        good = rounds is None or min(rounds, default=0) >= 1
+        self.require(good, "training.preview_num_iter_list", rounds, "numbers from 1 on", SEE_DEFAULT)
 
 
 @dataclass(kw_only=True)
@@ -224,6 +225,17 @@ class FractalConfig(Settings):
     model: FractalModel = field(default_factory=FractalModel)
     data: FractalData
     training: FractalTraining = field(default_factory=FractalTraining)
+
+    def validate(self) -> None:
+        super().validate()
+        rounds, levels = self.training.preview_num_iter_list, self.model.num_generators
+        self.require(
+            rounds is None or len(rounds) in (levels, levels + 1),
+            "training.preview_num_iter_list",
+            rounds,
+            f"{levels} numbers, one for each level, or {levels + 1}",
+            SEE_DEFAULT,
+        )
 
 
 @dataclass(kw_only=True)

@@ -30,7 +30,7 @@ from meloformer.fractal.likelihood import evaluate_likelihood
 from meloformer.fractal.model import FractalMIDI
 from meloformer.fractal.pictures import can_draw, picture, write_gif, write_png
 from meloformer.fractal.roll import NUM_PITCHES, write_roll
-from meloformer.fractal.sampling import sample
+from meloformer.fractal.sampling import preview_rounds, sample
 from meloformer.training import checkpoint
 from meloformer.training.distributed import Ranks
 from meloformer.training.family import Family, Preview, adopt_settings
@@ -163,7 +163,7 @@ class Rolls(Family):
             model,
             nothing,
             nothing > 0,
-            settings.preview_num_iter_list,
+            settings.preview_num_iter_list or preview_rounds(len(model.levels)),
             seed=settings.seed,
             on_step=lambda roll, known: frames.append(roll),
         )

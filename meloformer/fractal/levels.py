@@ -223,12 +223,14 @@ class ArLevel(Level):
         num_columns = cells.shape[1] // self.rows
         scan = self.scan(num_columns, cells.device)
         content = self.embed(cells[:, scan[:-1]])
+        if valid is not None:  # place i holds the patch before: what that one is decides
+            valid = F.pad(valid[:, scan[:-1]], (1, 0), value=True)
+            content = content * valid[:, 1:, None]
         x = torch.cat([self.start.expand(len(cells), 1, self.width).to(content.dtype), content], dim=1)
         x = x + self.places(num_columns, scan)
         rotary = self.rotary(num_columns, cells.device)
         if rotary is not None:
             rotary = tuple(part[:, scan] for part in rotary)
-        valid = valid if valid is None else valid[:, scan]
         states = self.run(x, self.prefix(conditions, len(cells)), valid, rotary)
         return torch.empty_like(states).index_copy(1, scan, states)
 
@@ -252,7 +254,7 @@ class Walk:
         self.places = level.places(num_columns, self.scan)
         self.rotary = level.rotary(num_columns, device)
         p = level.num_prefix
-        self.valid = None if valid is None else F.pad(valid[:, self.scan], (p, 0), value=True)
+        self.valid = None if valid is None else F.pad(valid[:, self.scan[:-1]], (p + 1, 0), value=True)
         self.caches = [Cache(p + len(self.scan)) for _ in level.blocks]
         self.done = 0
         prefix = level.prefix(conditions, num_problems)
@@ -268,6 +270,8 @@ class Walk:
             x = level.start.expand(self.caches[0].k.shape[0], 1, level.width)
         else:
             x = level.embed(before[:, None])
+            if self.valid is not None:
+                x = x * self.valid[:, level.num_prefix + i, None, None]
         rotary = None if self.rotary is None else tuple(part[:, self.scan[i], None] for part in self.rotary)
         self.done += 1
         return self._run(x + self.places[i], rotary, causal=False)[:, 0]

@@ -38,6 +38,7 @@ from meloformer.fractal.dataset import num_cells
 from meloformer.fractal.levels import ArLevel, Level, MarLevel, neighbourhood
 from meloformer.fractal.problems import Problems, pose
 from meloformer.fractal.velocity import CLASSES, VelocityHead
+from meloformer.model.masks import send
 from meloformer.pretrained import CONFIG, WEIGHTS, find_pretrained, read_about
 
 FORMAT = 1
@@ -135,17 +136,17 @@ class FractalMIDI(nn.Module):
         problems = pose(batch, self.config, exact=not self.training)
         last = problems[-1]
 
-        def send(values: np.ndarray | None) -> Tensor | None:
-            return None if values is None else torch.from_numpy(values).to(self.device, non_blocking=True)
+        def sent(values: np.ndarray | None) -> Tensor | None:
+            return None if values is None else send(values, self.device)
 
         chunk = CHUNK.get(self.device.type, CHUNK["cuda"])
         count, patches = last.masked.shape
         starts = range(0, count, chunk)
         firsts = np.searchsorted(last.chosen, np.array([*starts, count]) * patches).tolist()
         return Inputs(
-            levels=[LevelInputs(send(p.cells), send(p.valid), send(p.masked), send(p.chosen)) for p in problems],
-            targets=send(last.cells.reshape(-1)[last.chosen]),
-            weight=send(last.weight.astype(np.float32)),
+            levels=[LevelInputs(sent(p.cells), sent(p.valid), sent(p.masked), sent(p.chosen)) for p in problems],
+            targets=sent(last.cells.reshape(-1)[last.chosen]),
+            weight=sent(last.weight.astype(np.float32)),
             bounds=list(zip([*starts, count], firsts)),
             num_cells=num_cells(batch),
             statistics=statistics(problems),
@@ -185,7 +186,7 @@ class FractalMIDI(nn.Module):
             metrics = {
                 "nats": zeros.index_add(0, sounding, weighed.detach()),
                 "count": zeros.index_add(0, sounding, inputs.weight),
-                **{name: torch.from_numpy(values).to(self.device) for name, values in inputs.statistics.items()},
+                **{name: send(values, self.device) for name, values in inputs.statistics.items()},
             }
         return weighed.sum(), inputs.num_cells, metrics
 

@@ -9,6 +9,7 @@ The surprise: columns are sixteenth notes counted from 0, and a range leaves out
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -67,7 +68,9 @@ class FractalGenerateConfig(Settings):
         )
         rounds = self.num_iter_list
         require(len(rounds) >= 1 and min(rounds) >= 1, "num_iter_list", rounds, "numbers from 1 on", "such as 12 8 4 1")
-        require(self.temperature >= 0, "temperature", self.temperature, "at least 0", remedy)
+        good = 0 <= self.temperature < math.inf
+        require(good, "temperature", self.temperature, "at least 0 and finite", remedy)
+        require(math.isfinite(self.sparsity_bias), "sparsity_bias", self.sparsity_bias, "a finite number", remedy)
         threshold = self.velocity_threshold
         require(0 <= threshold <= 127, "velocity_threshold", threshold, "from 0 to 127", "0 leaves all notes in")
         tempo = self.tempo

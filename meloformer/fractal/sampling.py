@@ -34,8 +34,14 @@ from meloformer.fractal.velocity import class_of, draw, velocity_of
 
 OnStep = Callable[[np.ndarray, np.ndarray], None]
 DEFAULT_ROUNDS = (12, 8, 4, 1)
+PREVIEW_ROUNDS = (8, 4, 2, 1)  # the first ones, where there are fewer levels; 1 of further ones
 # Problems of the last level in one pass. Nothing is kept for a gradient, so fewer than in training fill a cache.
 CHUNK = {"cpu": 64, "cuda": 16384}
+
+
+def preview_rounds(num_levels: int) -> list[int]:
+    """Rounds of a preview, a number for each level."""
+    return [*PREVIEW_ROUNDS, *[1] * num_levels][:num_levels]
 
 
 def sample(
@@ -113,6 +119,7 @@ class _Sampler:
 
         self.order = [numbers(self.known.shape[1 : level + 2]) for level in range(len(model.levels))]
         self.uniform = torch.from_numpy(numbers(self.known.shape[1:])).to(model.device)
+        self.finite = torch.ones((), dtype=torch.bool, device=model.device)
 
     @torch.inference_mode()
     def run(self, draw_cells: Callable[[Tensor, Tensor], Tensor], on_step: OnStep | None) -> np.ndarray:
@@ -125,6 +132,10 @@ class _Sampler:
             self.solve(0, np.arange(len(self.known)), None)
         finally:
             self.model.train(was_training)
+        if not self.finite:
+            raise UserError(
+                "the model's logits are not finite, so it says nothing; its training diverged, take another"
+            )
         return self._roll()
 
     # --- the arrays -------------------------------------------------------------------------------------------
@@ -226,6 +237,7 @@ class _Sampler:
         else:
             cells = self._send(children)
             logits = self.model.head(conditions)
+            self.finite &= logits.isfinite().all()  # looked at once, when all is written
             uniform = self.uniform.view(-1)[cells]
             self.cells.view(-1)[cells] = self.draw_cells(logits, uniform)
         self._at(self.known, level).reshape(-1, self._at(self.known, level).shape[-1])[children] = True

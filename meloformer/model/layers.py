@@ -64,14 +64,18 @@ class Rotary:
     def __call__(self, position: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin (B, T, D / 2) float32 for stream positions and ticks (B, T)."""
         if self.position_rates.device != position.device:  # sent once: what decodes must not wait for the host
-            self.position_rates = self.position_rates.to(position.device)
-            self.time_rates = None if self.time_rates is None else self.time_rates.to(position.device)
+            self.move(position.device)
         # In float64 and reduced to one turn before float32: a late tick turns thousands of times.
         turns = position[..., None].double() * self.position_rates
         if self.time_rates is not None:
             turns = torch.cat([turns, time[..., None].double() * self.time_rates], dim=-1)
         angle = (2 * math.pi * (turns - turns.floor())).float()
         return angle.cos(), angle.sin()
+
+    def move(self, device: torch.device) -> None:
+        """The rates to where the positions will be; compiled layers that moved them would be compiled twice."""
+        self.position_rates = self.position_rates.to(device)
+        self.time_rates = None if self.time_rates is None else self.time_rates.to(device)
 
 
 def _geometric(first: float, last: float, count: int) -> Tensor:

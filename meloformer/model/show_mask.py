@@ -11,13 +11,13 @@ The surprise: the left picture is made by the element rule on the tokens of thos
 
 from __future__ import annotations
 
-import argparse
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from meloformer.command_line import Parser
 from meloformer.config import ModelConfig
 from meloformer.errors import UserError, exit_cleanly
 from meloformer.files import write_atomic
@@ -64,7 +64,7 @@ def draw_mask(
     figure.subplots_adjust(left=0.12, right=0.985, top=0.87, bottom=0.17)
     _draw_elements(left, rule, row, bars)
     share = _draw_blocks(right, rule, row)
-    figure.suptitle(title, x=0.12, y=0.975, ha="left", fontsize=13, fontweight="bold")
+    figure.suptitle(title, x=0.12, y=0.975, ha="left", fontsize=13, fontweight="bold", parse_math=False)
     patches = [Patch(color=colour, label=label) for label, colour in COLOURS.items()]
     place = {"loc": "lower left", "bbox_to_anchor": (0.11, 0.02), "ncols": 3, "columnspacing": 1.5}
     figure.legend(handles=patches, frameon=False, fontsize=9, **place)
@@ -147,7 +147,7 @@ def _draw_blocks(ax, rule: AttentionRule, row: dict[str, np.ndarray]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m meloformer.model.show_mask", description="Draw what sees what in a piece, and its blocks."
     )
     parser.add_argument("midi", help="a MIDI file")

@@ -169,10 +169,18 @@ class MeloFormer(nn.Module):
                 nn.init.normal_(parameter, std=scale * parameter.shape[1] ** -0.5)
 
     def compile_layers(self) -> None:
-        """Have torch.compile fuse what lies between the tokens and the head; batches then keep one shape."""
+        """Have torch.compile fuse what lies between the tokens and the head; batches then keep one shape.
+
+        UserError for a backend whose every batch has a shape of its own, and would be compiled anew."""
+        self.static_shapes = True
+        if self.backend() in ("fused", "gathered"):
+            raise UserError(
+                f"--compile with the {self.backend()} backend would compile every batch anew; leave it out, or give "
+                "--backend dense"
+            )
+        self.rotary.move(self.device)
         options = CUDA_OPTIONS if self.device.type == "cuda" and self.backend() == "flex" else None
         self.hidden = torch.compile(self.hidden, dynamic=False, options=options)
-        self.static_shapes = True
 
     @property
     def device(self) -> torch.device:

@@ -16,7 +16,7 @@ from benchmarks import ablation
 from benchmarks.ablation import PREDICTED, REFERENCE, VARIANTS, equal_parameters, show, summarise
 from benchmarks.bar_major import BarMajorPlan, bar_major
 from benchmarks.both_sides import inner_cells, only_cells
-from benchmarks.remi import batched, remi_steps, rows_of
+from benchmarks.remi import batched, cut, remi_steps, rows_of
 from meloformer.config import VISIBLE, DataConfig, ModelConfig
 from meloformer.data import Corpus, RowPlan
 from meloformer.errors import UserError
@@ -215,6 +215,14 @@ def test_rows_of_another_tokenizer_ask_for_every_token_once():
     config = ModelConfig(size="small", n_layer=1, n_head=2, d_model=32, d_ff=48, pattern="full_causal", rotary_axes=1)
     result = evaluate_likelihood(MeloFormer(config, v).eval(), batched(rows, 2))
     assert result["tokens"] == 22
+
+
+@pytest.mark.parametrize("start", [0, 1, 7, 13])
+def test_wherever_a_stream_is_cut_its_beginning_is_learnt_too(start):
+    """It was left out, and the beginnings of pieces, which tests ask for, were hardly ever trained."""
+    stream = np.arange(100, 123, dtype=np.int32)
+    asked = [row["targets"][row["targets"] >= 0] for row in cut(stream, start, 10)]
+    assert np.concatenate(asked).tolist() == stream[1:].tolist()
 
 
 def test_a_step_of_another_tokenizer_counts_its_targets():

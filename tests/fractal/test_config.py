@@ -127,6 +127,10 @@ def default_of(settings: dict, dotted: str):
         ("--precision 16", r"training.precision is '16', must be 32, bf16 or auto; .*bf16"),
         ("--pitch_shift_min 5", r"at most pitch_shift_max \(3\)"),
         ("--mask_ratio_loc 0", r"model.mask_ratio_loc is 0.0, must be above 0, at most 1"),
+        (
+            "--preview_num_iter_list 4,2",
+            r"preview_num_iter_list is \[4, 2\], must be 3 numbers, one for each level, or 4",
+        ),
         ("--patch_size 5 --img_size_list 128,16,4,1", r"model.img_size_list|model.patch_size"),
         ("--lrr 1", r"--lrr: no such flag; the nearest is --lr"),
     ],

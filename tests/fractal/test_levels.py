@@ -147,13 +147,29 @@ def test_padding_is_not_seen(kind):
     masked = torch.zeros(2, 8, dtype=torch.bool)
     cells = torch.where(valid[..., None], cells, -1)
     states = level.states(cells, masked, valid, None)
-    narrow = cells.view(2, 2, 4, 4)[:, :, :2].flatten(1, 2)
     if kind is MarLevel:
+        narrow = cells.view(2, 2, 4, 4)[:, :, :2].flatten(1, 2)
         alone = level.states(narrow, masked[:, :4], None, None)
         torch.testing.assert_close(states.view(2, 2, 4, 16)[:, :, :2].flatten(1, 2), alone, rtol=1e-4, atol=1e-5)
     other = torch.where(valid[..., None], cells, 77)
-    if kind is MarLevel:
-        assert torch.equal(level.states(other, masked, valid, None)[valid], states[valid])
+    assert torch.equal(level.states(other, masked, valid, None)[valid], states[valid])
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_what_stands_before_padding_is_seen_behind_it(order):
+    """An ar level reads a patch one place later, and there the padding is that follows the last patch of a line."""
+    level = make(ArLevel, 3, 4, True, scan_order=order)
+    cells, _ = problem(3, 4, True)
+    valid = (torch.arange(12) % 4 < 3).expand(2, -1)
+    cells, masked = torch.where(valid[..., None], cells, -1), torch.zeros(2, 12, dtype=torch.bool)
+    before = level.states(cells, masked, valid, None)
+    for changed in (0, 1, 2):
+        other = cells.clone()
+        other[0, changed] = (other[0, changed] + 100) % 256
+        moved = (level.states(other, masked, valid, None) != before).any(-1)[0]
+        when = place_in_scan(changed, 3, 4, order)
+        later = torch.tensor([place_in_scan(patch, 3, 4, order) > when for patch in range(12)])
+        assert moved[later & valid[0]].all() and not moved[~later].any()
 
 
 def test_the_two_axes_are_told_apart():

@@ -118,6 +118,15 @@ def test_rounds_that_do_not_fit_are_one_line(rounds):
         sample(small_model("mar", "mar", "mar"), *nothing(16), rounds)
 
 
+def test_a_model_whose_training_diverged_writes_nothing():
+    """Of logits that are no numbers the last class was drawn everywhere, and 127 is a velocity like another."""
+    model = small_model("mar", "mar", "mar")
+    with torch.no_grad():
+        model.head.out.bias.fill_(float("nan"))
+    with pytest.raises(UserError, match="the model's logits are not finite"):
+        sample(model, *nothing(16), [1, 1, 1])
+
+
 @pytest.mark.parametrize("kinds", [("ar", "ar", "ar"), ("mar", "ar", "ar")])
 def test_drawn_rolls_are_as_likely_as_their_likelihood_says(kinds):
     """The chain of states, heads and draws is the one that is trained: with temperature 1, the mean nats of drawn rolls

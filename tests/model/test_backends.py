@@ -72,6 +72,13 @@ def test_compiled_layers_are_one_graph_too():
         torch.testing.assert_close(model(model.prepare(batch)), plain(plain.prepare(batch)), atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("changes", [{"backend": "gathered"}, {"backend": "fused", "pattern": "full_causal"}], ids=str)
+def test_layers_of_no_one_shape_are_not_compiled(changes):
+    """Pieces of other lengths and chunks of other keys in every batch: past a limit torch gives up, without a word."""
+    with pytest.raises(UserError, match="would compile every batch anew; leave it out"):
+        tiny_model(**changes).compile_layers()
+
+
 @pytest.mark.parametrize("backend", ["flex", "gathered"])
 def test_no_future_leaks_through_a_backend_with_an_order_of_its_own(backend):
     """Another tail moves tokens to other places in memory, so earlier logits may differ by rounding, and no more."""
@@ -160,6 +167,20 @@ def test_cuda_flex_agrees_with_dense_in_gradients():
 @CUDA
 def test_cuda_two_graphs_serve_ten_batches_with_gradients_and_ten_without():
     model = tiny_model(backend="flex").cuda()
+
+    def with_and_without(batch):
+        model.train().training_loss(batch)[0].backward()
+        with torch.no_grad():
+            model.eval().training_loss(batch)
+
+    assert count_graphs(with_and_without) == 2
+
+
+@CUDA
+def test_cuda_compiled_layers_are_two_graphs():
+    """What the layers keep on the host and send at their first call would be a graph more."""
+    model = tiny_model(backend="flex", n_layer=1).cuda()
+    model.compile_layers()
 
     def with_and_without(batch):
         model.train().training_loss(batch)[0].backward()
