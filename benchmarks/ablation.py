@@ -25,10 +25,10 @@ from dataclasses import dataclass, field, replace
 from itertools import count, islice
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
+from benchmarks.ablation_table import picture, show, summarise
 from benchmarks.bar_major import BarMajorPlan
 from benchmarks.both_sides import both_sides
 from meloformer.command_line import Parser
@@ -37,7 +37,7 @@ from meloformer.data import Corpus, RowPlan, Step, batches
 from meloformer.data.preprocess import preprocess
 from meloformer.device import choose_device, choose_precision
 from meloformer.errors import UserError, exit_cleanly
-from meloformer.evaluation.by_piece import bootstrap_interval, evaluate_pieces
+from meloformer.evaluation.by_piece import evaluate_pieces
 from meloformer.evaluation.plots import require_matplotlib
 from meloformer.files import write_atomic
 from meloformer.hid import Vocabulary
@@ -78,7 +78,7 @@ VARIANTS = {
     ),
     "no_type_rule": Variant("every type sees every type", {"visible": None}),
     "own_type": Variant("T-T, T-P, P-P, V-V, read on the query's own type", {"visible": PAIRS}),
-    "predicted_type": Variant("the same pairs, read on the type predicted", {"visible": PREDICTED}),
+    "predicted_type": Variant("T-T, T-P, P-P, V-V, read on the type predicted", {"visible": PREDICTED}),
     "near_linear": Variant(
         "own instrument at 0, 1, 2 and multiples of 4", {"same_bar_offsets": [0, 1, 2, *range(4, 2048, 4)]}
     ),
@@ -87,7 +87,9 @@ VARIANTS = {
     "cross_ahead": Variant("other instruments also one bar ahead", {"cross_bar_offsets": [-1, 0, 1, 2, 4]}),
     "shared_ff": Variant("one feed-forward for summaries and notes", {"summary_ff": "shared"}),
     "deferred": Variant("trained with deferred bars", deferred=True),
-    "deferred_full_causal": Variant("the same, everything earlier", {"pattern": "full_causal"}, deferred=True),
+    "deferred_full_causal": Variant(
+        "with deferred bars, everything earlier", {"pattern": "full_causal"}, deferred=True
+    ),
 }
 
 
@@ -251,86 +253,6 @@ def keep_settings(arguments: argparse.Namespace, corpus: Corpus) -> dict:
 # --- all of them ------------------------------------------------------------------------------------------------
 
 
-def summarise(results: list[dict]) -> dict[str, dict]:
-    """By variant: mean and spread over seeds, and the difference to the reference on the seeds that both have."""
-    by_variant: dict[str, dict[int, dict]] = {}
-    for result in results:
-        by_variant.setdefault(result["variant"], {})[result["seed"]] = result
-    reference = by_variant.get(REFERENCE, {})
-    table = {}
-    for name, runs in by_variant.items():
-        value = {seed: run["test"]["nats_per_note"] for seed, run in runs.items()}
-        common = [seed for seed in sorted(value) if seed in reference]
-        difference = [value[seed] - reference[seed]["test"]["nats_per_note"] for seed in common]
-        sides = [run["sides"] for run in runs.values() if "sides" in run]
-        table[name] = {
-            "about": VARIANTS[name].about,
-            "seeds": sorted(value),
-            "nats_per_note": [value[seed] for seed in sorted(value)],
-            "mean": float(np.mean(list(value.values()))),
-            "spread": float(np.std(list(value.values()), ddof=1)) if len(value) > 1 else None,
-            "difference": float(np.mean(difference)) if difference else None,
-            "difference_spread": float(np.std(difference, ddof=1)) if len(difference) > 1 else None,
-            "difference_interval": _over_pieces([(runs[seed], reference[seed]) for seed in common]),
-            "parameters": next(iter(runs.values()))["parameters"],
-            "processor_seconds": float(np.mean([run["processor_seconds"] for run in runs.values()])),
-            "seconds": float(np.mean([run["seconds"] for run in runs.values()])),
-            "sides": {side: float(np.mean([s[side] for s in sides])) for side in sides[0]} if sides else None,
-        }
-    return table
-
-
-def _over_pieces(pairs: list[tuple[dict, dict]]) -> list[float] | None:
-    """95 % bootstrap interval, over the test pieces, of the difference in nats a note; seeds are averaged first."""
-    if not pairs:
-        return None
-    nats = [[np.array(run["test"]["by_piece"]["nats"]) for run in pair] for pair in pairs]
-    notes = np.array(pairs[0][0]["test"]["by_piece"]["notes"])  # all read the same pieces
-    return bootstrap_interval(np.mean([one - other for one, other in nats], axis=0), notes)
-
-
-def show(table: dict[str, dict]) -> str:
-    """The table as text, best first."""
-
-    def number(value: float | None, form: str = "+.3f") -> str:
-        return "" if value is None else format(value, form)
-
-    lines = [
-        f"{'variant':22}{'seeds':>6}{'nats a note':>13}{'spread':>9}{'difference':>12}{'spread':>9}{'over pieces':>18}"
-        f"{'processor s':>13}"
-    ]
-    for name, row in sorted(table.items(), key=lambda item: item[1]["mean"]):
-        low, high = row["difference_interval"] or (None, None)
-        interval = f"{number(low)} to {number(high)}" if low is not None and name != REFERENCE else ""
-        lines.append(
-            f"{name:22}{len(row['seeds']):6}{row['mean']:13.3f}{number(row['spread'], '.3f'):>9}"
-            f"{number(row['difference']):>12}{number(row['difference_spread'], '.3f'):>9}{interval:>18}"
-            f"{row['processor_seconds']:13.0f}  {row['about']}"
-        )
-        if row["sides"]:
-            lines.append("".join(f"      {side.replace('_', ' ')} {value:.3f}" for side, value in row["sides"].items()))
-    return "\n".join(lines)
-
-
-def picture(table: dict[str, dict], path: Path) -> None:
-    """A dot for each seed's difference to the default rule, a bar for the mean; best on top."""
-    from matplotlib.figure import Figure
-
-    rows = sorted((row["mean"], name) for name, row in table.items() if row["difference"] is not None)
-    figure = Figure(figsize=(7, 0.36 * len(rows) + 1.1), layout="constrained")
-    axes = figure.subplots()
-    for place, (_, name) in enumerate(reversed(rows)):
-        row = table[name]
-        base = dict(zip(table[REFERENCE]["seeds"], table[REFERENCE]["nats_per_note"]))
-        dots = [value - base[seed] for seed, value in zip(row["seeds"], row["nats_per_note"]) if seed in base]
-        axes.barh(place, row["difference"], color="#9ecae1" if row["difference"] >= 0 else "#fdae6b", height=0.6)
-        axes.plot(dots, [place] * len(dots), "o", color="#08306b", markersize=4)
-    axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(rows)), [table[name]["about"] for _, name in reversed(rows)])
-    axes.set_xlabel("nats a note more than the default rule, held out (dots: seeds)")
-    figure.savefig(path, dpi=110)
-
-
 def add_common(parser: argparse.ArgumentParser) -> None:
     """Flags of the corpus, the model and its training."""
     parser.add_argument("--output", type=Path, required=True, help="folder of the results; finished runs are kept")
@@ -392,7 +314,7 @@ def main() -> None:
             write_atomic(path, json.dumps(result).encode())
             print(f"{name}, seed {seed}: {result['test']['nats_per_note']:.3f} nats a note held out", flush=True)
     results = [json.loads(path.read_text()) for path in sorted(output.glob("*-[0-9]*.json"))]
-    table = summarise(results)
+    table = summarise(results, {name: variant.about for name, variant in VARIANTS.items()}, REFERENCE)
     write_atomic(output / "results.json", json.dumps({"settings": settings, "variants": table}, indent=1).encode())
     print(show(table))
     if arguments.plot:
