@@ -118,6 +118,20 @@ def test_overrides_may_stand_between_flags():
     assert (config.model.n_layer, config.training.epochs, config.training.seed) == (2, 3, 4)
 
 
+@pytest.mark.parametrize("words", [["--cross-bar-offsets", "-1,0,1"], ["--cross_bar_offsets=-1,0,1"]])
+def test_a_list_may_begin_with_a_negative_number(words):
+    """It was taken for a flag."""
+    assert load(Config, [*words, *DATA, "--epochs", "3"]).model.cross_bar_offsets == [-1, 0, 1]
+    assert load(Config, [*DATA, "--cross_bar_offsets", "-1"]).model.cross_bar_offsets == [-1]
+
+
+def test_a_flag_is_no_value_of_the_one_before():
+    assert "--cross_bar_offsets: expected one argument" in refusal("--cross_bar_offsets", *DATA)
+    assert "--cross_bar_offsets: expected one argument" in refusal(*DATA, "--cross_bar_offsets", "-x")
+    assert "-1,0: not understood here" in refusal(*DATA, "--no-summaries", "-1,0")
+    assert "-1,0: not understood here" in refusal(*DATA, "--cross_bar_offsets", "0", "-1,0")
+
+
 def test_switches():
     paths = ["--checkpoint", "runs/x", "--output", "out"]
     assert load(GenerateConfig, [*paths, "--plot"]).plot is True
