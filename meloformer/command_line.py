@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import sys
 import types
 import typing
@@ -24,6 +25,7 @@ from typing import Any, NoReturn
 from meloformer.errors import UserError
 from meloformer.settings import Key, S, Settings, find_key, read_values, read_word, read_yaml
 
+_NEGATIVE = re.compile(r"-[\d.]")  # how no flag begins
 SECTION_TITLES = {"model": "the model", "data": "the data", "training": "training", "": "settings"}
 
 
@@ -60,14 +62,18 @@ class Parser(argparse.ArgumentParser):
 
 def _spell_flags(cls: type[Settings], words: list[str]) -> list[str]:
     """Flags in the one spelling that the parser holds; one that does not exist is refused here, with the nearest."""
-    spelled = []
+    spelled: list[str] = []
+    known = {key.flag: key for key in cls.options()}
     for word in words:
         flag, equals, value = word.partition("=")
+        before = known.get(spelled[-1].removeprefix("--")) if spelled and spelled[-1].startswith("--") else None
+        if before is not None and _NEGATIVE.match(word) and not (before.spaced or _is_switch(before)):
+            spelled[-1] += f"={word}"  # else argparse takes -1,0 for a flag
+            continue
         if not flag.startswith("--") or flag in ("--help", "--config", "--"):
             spelled.append(word)
             continue
         name = flag[2:].replace("-", "_")
-        known = {key.flag: key for key in cls.options()}
         negated = name.startswith("no_") and name not in known and name[3:] in known and _is_switch(known[name[3:]])
         key = known[name[3:]] if negated else find_key(cls, name, flag)
         spelled.append(f"--{'no-' if negated else ''}{key.flag}{equals}{value}")

@@ -18,7 +18,8 @@ class UserError(ValueError):
 
 
 def exit_cleanly(main: Callable[[], None]) -> None:
-    """Run a command; a `UserError` becomes one line on stderr and exit status 2, Ctrl-C exit status 130.
+    """Run a command; a `UserError` becomes one line on stderr and exit status 2, and so does what the system refuses,
+    such as a file that cannot be read or written; Ctrl-C exit status 130.
 
     Of the processes that torchrun starts on a machine the first one speaks: they were given the same command line.
     """
@@ -31,6 +32,10 @@ def exit_cleanly(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+        print(f"error: {' '.join(what.split())}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

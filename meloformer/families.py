@@ -48,7 +48,7 @@ def family_of_command_line(argv: Sequence[str] | None = None) -> str:
             return "meloformer" if checkpoint is None else family_of(checkpoint)
         except UserError:  # no model there: said again, and better, by the command that wants it
             return "meloformer"
-    if given not in FAMILIES:
+    if not isinstance(given, str) or given not in FAMILIES:
         raise UserError(f"--family is {given!r}, must be one of {', '.join(FAMILIES)}")
     return given
 

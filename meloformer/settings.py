@@ -117,6 +117,10 @@ class Settings:
             raise UserError(f"{key} is {received!r}, must be {accepted}; {remedy}")
 
 
+# What PyYAML answers with: to bad syntax, but also to a 30th of February, to a list as a key, to `!!bool maybe`.
+NOT_YAML = (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
+
+
 # --- reading ------------------------------------------------------------------------------------------------
 
 
@@ -127,7 +131,7 @@ def read_yaml(path: str | Path) -> Any:
         data = yaml.load(text, Loader=_UniqueKeys)
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}; configs/ holds examples") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except NOT_YAML as error:
         raise UserError(f"--config {path}: not yaml: {' '.join(str(error).split())}") from None
     return {} if data is None else data
 
@@ -196,7 +200,7 @@ def read_word(key: Key, word: str, where: str) -> Any:
         return read_value(key, word, where)
     try:
         return read_value(key, yaml.safe_load(word), where)
-    except yaml.YAMLError:
+    except NOT_YAML:
         return read_value(key, word, where)
 
 
@@ -308,11 +312,13 @@ def _options(cls: type[Settings]) -> tuple[Key, ...]:
 class _UniqueKeys(yaml.SafeLoader):
     """PyYAML keeps the last of two equal keys without a word; a config says each thing once."""
 
-    def construct_mapping(self, node, deep=False):
+    def compose_mapping_node(self, anchor):
+        # Here, because later on the keys of what `<<` takes in stand beside those that override them.
+        node = super().compose_mapping_node(anchor)
         seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key} is given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+                seen.add((key.tag, key.value))
+        return node

@@ -99,6 +99,24 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_status_2(words):
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("statement", "line"),
+    [
+        ("open('nowhere/x.mid')", "error: nowhere/x.mid: No such file or directory"),
+        ("files.write_atomic('README.md/x.png', b'')", "error: README.md/.x.png.tmp: Not a directory"),
+        ("[][0]", None),  # a fault of the code keeps its traceback
+        ("raise OSError('header\\nis cut')", "error: header is cut"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(statement, line):
+    code = f"from meloformer import errors, files\ndef main():\n    {statement}\nerrors.exit_cleanly(main)"
+    done = run("-c", code)
+    if line is None:
+        assert done.returncode == 1 and "IndexError" in done.stderr
+    else:
+        assert done.returncode == 2 and done.stderr == f"{line}\n"
+
+
 # --- the demo's last page -----------------------------------------------------------------------------------------
 
 

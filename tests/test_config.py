@@ -12,6 +12,7 @@ from meloformer.command_config import EvaluateConfig, GenerateConfig
 from meloformer.command_line import load
 from meloformer.config import MODEL_SIZES, Config, DataConfig, ModelConfig, PreprocessConfig, TrainingConfig
 from meloformer.errors import UserError
+from meloformer.families import family_of_command_line
 from meloformer.settings import describe, read_value
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -117,6 +118,20 @@ def test_overrides_may_stand_between_flags():
     assert (config.model.n_layer, config.training.epochs, config.training.seed) == (2, 3, 4)
 
 
+@pytest.mark.parametrize("words", [["--cross-bar-offsets", "-1,0,1"], ["--cross_bar_offsets=-1,0,1"]])
+def test_a_list_may_begin_with_a_negative_number(words):
+    """It was taken for a flag."""
+    assert load(Config, [*words, *DATA, "--epochs", "3"]).model.cross_bar_offsets == [-1, 0, 1]
+    assert load(Config, [*DATA, "--cross_bar_offsets", "-1"]).model.cross_bar_offsets == [-1]
+
+
+def test_a_flag_is_no_value_of_the_one_before():
+    assert "--cross_bar_offsets: expected one argument" in refusal("--cross_bar_offsets", *DATA)
+    assert "--cross_bar_offsets: expected one argument" in refusal(*DATA, "--cross_bar_offsets", "-x")
+    assert "-1,0: not understood here" in refusal(*DATA, "--no-summaries", "-1,0")
+    assert "-1,0: not understood here" in refusal(*DATA, "--cross_bar_offsets", "0", "-1,0")
+
+
 def test_switches():
     paths = ["--checkpoint", "runs/x", "--output", "out"]
     assert load(GenerateConfig, [*paths, "--plot"]).plot is True
@@ -210,6 +225,13 @@ def test_a_name_near_nothing_points_to_help():
         ("- a\n- b", "mapping"),
         ("model: 3", "section"),
         ("a: [", "not yaml"),
+        ("n_layer: 3\n'n_layer': 4", "given twice"),
+        ("model: {n_layer: 3, n_layer: 3}", "given twice"),
+        ("data_dir: {{ path }}", "not yaml"),  # a template that nobody filled in
+        ("[a]: 1", "not yaml"),
+        ("output_dir: 2024-02-30", "not yaml: day is out of range"),
+        ("summaries: !!bool maybe", "not yaml"),
+        ("a: " + "[" * 2000, "not yaml"),
     ],
 )
 def test_a_broken_file_says_so(tmp_path, text, part):
@@ -218,12 +240,25 @@ def test_a_broken_file_says_so(tmp_path, text, part):
     assert part in message and path in message
 
 
-def test_other_mistakes():
+def test_a_merge_key_takes_in_what_the_file_does_not_say_itself(tmp_path):
+    """The merge key was refused as "not yaml"."""
+    text = "model: &small {size: small, n_layer: 5}\ntraining: {<<: &loop {epochs: 3, seed: 4}, epochs: 7}\n"
+    config = load(Config, ["--config", yaml_file(tmp_path, text), *DATA])
+    assert (config.training.epochs, config.training.seed, config.model.n_layer) == (7, 4, 5)
+    nested = "model: {<<: &b {<<: {n_layer: 5, n_head: 8}, n_layer: 6}, size: small}\n"
+    config = load(Config, ["--config", yaml_file(tmp_path, nested), *DATA])
+    assert (config.model.n_layer, config.model.n_head) == (6, 8)
+
+
+def test_other_mistakes(tmp_path):
+    assert "training.max_steps is '2024-13-01', must be a whole number" in refusal(*DATA, "--max_steps", "2024-13-01")
     assert "configs/" in refusal("--config", "nowhere.yaml")
     assert "given twice" in refusal(*DATA, "--epochs", "1", "training.epochs=2")
     assert "--epochs" in refusal(*DATA, "--epochs")
     assert "stray" in refusal(*DATA, "stray")
     assert "--data_dir" in refusal()
+    with pytest.raises(UserError, match=r"--family is \['fractal'\], must be one of"):
+        family_of_command_line(["--config", yaml_file(tmp_path, "family: [fractal]")])
     assert "--input" in refusal("--output", "x", cls=PreprocessConfig)
 
 

@@ -12,15 +12,16 @@ work)` names each piece's cluster by the smallest content hash in it.
 A shingle is one bar of one pitched track: its set of (onset in the bar, semitones above the bar's lowest note), so
 another key, other instruments, velocities, durations, tempo, track order and added parts do not hide a copy. The
 surprise: bars that many pieces have (an ostinato of eighths, a scale) say nothing and are left out, or they would
-chain half a corpus into one cluster.
+chain half a corpus into one cluster. So that forty versions of one song do not make its own bars such common ones,
+pieces that agree as wholes are joined first, and count as one.
 
-Memory: about 30 bytes a piece, and one bucket of bars. The bars are dealt out by their hash into files in `work`, so
+Memory: about 40 bytes a piece, and one bucket of bars. The bars are dealt out by their hash into files in `work`, so
 that equal ones meet in one file; what each file finds, pairs of pieces, is dealt out again and added up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -33,8 +34,10 @@ from meloformer.midi.score import DRUMS
 SHARED = 0.3  # of the distinct bars of either piece
 MIN_NOTES = 4  # a bar with fewer, or with one pitch only, is too plain to recognise a piece by
 MIN_SHARED_BARS = 4
-COMMON_PIECES = 16  # a bar that more pieces have is common property,
+COMMON_PIECES = 16  # a bar that more pieces have is common property; those that agree as wholes are one,
 COMMON_SHARE = 1 / 200  # or, in a large corpus, more than this share of the pieces: a hit has dozens of versions
+SKETCH = 16  # bars of a piece, by the smallest hashes: of two pieces they overlap about as the wholes do
+AGREEING = 0.75  # of the larger sketch has to be shared, whoever else has those bars
 NEIGHBOURS = 16  # of the pieces with a bar, in order of content hash, each is compared with so many; keeps it linear
 ROWS = 1 << 16  # rows in memory at once; a bucket has about so many, but of 1,024 files none is more than its share
 MAX_BUCKETS = 1024
@@ -99,24 +102,68 @@ def _numbered(numbers: np.ndarray, shingles: Iterable[np.ndarray]) -> Iterator[n
 
 def _linked(tables: Iterable[np.ndarray], num_pieces: int, work: Path, rows: int) -> np.ndarray:
     """(num_pieces,) smallest piece number in each piece's group."""
-    common = max(COMMON_PIECES, num_pieces * COMMON_SHARE)
-    num_bars = np.zeros(num_pieces, dtype=np.int32)
-    bars = _Buckets(work, "bars", _BAR, "bar", rows)
+    parent = np.arange(num_pieces, dtype=np.int64)
+    bars, sketches = _Buckets(work, "bars", _BAR, "bar", rows), _Buckets(work, "sketches", _BAR, "bar", rows)
+    wholes = np.zeros(num_pieces, dtype=np.uint64)
     for table in tables:
         bars.add(table)
+        if len(table) >= MIN_SHARED_BARS:
+            # Mixed again, for what comes as a hash may have been chosen by its size.
+            hashes = mix(table["bar"])
+            wholes[table["piece"][0]] = hashes.sum()
+            sketches.add(table[np.argsort(hashes)[:SKETCH]])
+    _join_equal(parent, wholes)
+
+    def agree(shared: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        return shared >= AGREEING * np.maximum(one, other)
+
+    def overlap(shared: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        return shared > SHARED * np.minimum(one, other)
+
+    _join(parent, sketches, num_pieces, agree, work, rows)
+    _join(parent, bars, max(COMMON_PIECES, num_pieces * COMMON_SHARE), overlap, work, rows)
+    return _roots(parent)
+
+
+def _join_equal(parent: np.ndarray, wholes: np.ndarray) -> None:
+    """Pieces whose hashes of all their bars are equal become one group; 0 is none."""
+    order = np.argsort(wholes, kind="stable")
+    same = np.flatnonzero((wholes[order[1:]] == wholes[order[:-1]]) & (wholes[order[1:]] != 0)) + 1
+    for i in same.tolist():  # rising, so the one before has its group already
+        parent[order[i]] = parent[order[i - 1]]
+
+
+def _join(
+    parent: np.ndarray,
+    bars: _Buckets,
+    common: float,
+    near: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray],
+    work: Path,
+    rows: int,
+) -> None:
+    """Join groups that share enough bars, those left out that more than `common` groups have.
+
+    `near` is given how many bars pairs share, and how many the one and the other have.
+    """
+    groups, num_pieces = _roots(parent), len(parent)
+    num_bars = np.zeros(num_pieces, dtype=np.int32)
     pairs = _Buckets(work, "pairs", _PAIR, "pair", rows)
     for table in bars.take():
+        table["piece"] = groups[table["piece"]]
         pairs.add(_pairs_in(table, num_pieces, common, num_bars))
-    parent = np.arange(num_pieces, dtype=np.int64)
     for table in pairs.take():
         pair, inverse = np.unique(table["pair"], return_inverse=True)
         shared = np.bincount(inverse, table["shared"])
         one, other = np.divmod(pair, max(num_pieces, 1))
-        near = (shared >= MIN_SHARED_BARS) & (shared > SHARED * np.minimum(num_bars[one], num_bars[other]))
-        for a, b in zip(one[near].tolist(), other[near].tolist()):
+        linked = (shared >= MIN_SHARED_BARS) & near(shared, num_bars[one], num_bars[other])
+        for a, b in zip(one[linked].tolist(), other[linked].tolist()):
             a, b = _root(parent, a), _root(parent, b)
             parent[max(a, b)] = min(a, b)
-    return np.array([_root(parent, i) for i in range(num_pieces)], dtype=np.int64)
+
+
+def _roots(parent: np.ndarray) -> np.ndarray:
+    """(pieces,) int64: the smallest number in each piece's group."""
+    return np.array([_root(parent, i) for i in range(len(parent))], dtype=np.int64)
 
 
 def _root(parent: np.ndarray, i: int) -> int:
@@ -130,6 +177,9 @@ def _pairs_in(table: np.ndarray, num_pieces: int, common: float, num_bars: np.nd
     """_PAIR rows of the pieces that meet in these bars; adds each piece's bars that are not common to `num_bars`."""
     table = table[np.lexsort((table["piece"], table["bar"]))]  # equal bars stand together, their pieces rising
     bar, piece = table["bar"], table["piece"].astype(np.int64)
+    again = np.zeros(len(bar), dtype=bool)  # where pieces count as one, several may have brought a bar
+    again[1:] = (bar[1:] == bar[:-1]) & (piece[1:] == piece[:-1])
+    bar, piece = bar[~again], piece[~again]
     first = np.flatnonzero(np.concatenate(([True], bar[1:] != bar[:-1])))
     size = np.diff(first, append=len(bar))
     rare = np.repeat(size <= common, size)

@@ -102,7 +102,10 @@ class Corpus:
     def _check(path: Path, expected: str) -> None:
         if not path.is_file():
             raise DataError(f"{path}: is missing; {REMEDY}")
-        found = checksum(path)
+        try:
+            found = checksum(path)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror}); make it readable, or {REMEDY}") from None
         if found != expected:
             raise DataError(f"{path}: damaged, its sha256 is {found}, {META} says {expected}; {REMEDY}")
 

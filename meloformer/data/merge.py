@@ -8,7 +8,7 @@ by the stored content hashes, near-duplicates by the bar shingles in each part's
 
 A merge that was killed goes on from its last finished shard, as preprocessing does. The surprise: a piece that one
 part kept may be a duplicate in the whole, and then it gets its line in rejected.jsonl between the lines of its own
-part, so the shards are cut anew.
+part, so the shards are cut anew; and what was the same as that piece is the same as one of an earlier part.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from meloformer.data.encoder import Encoded, Rejected
 from meloformer.data.journal import entry_path
 from meloformer.data.preprocess import is_complete, summary, writing
 from meloformer.data.shards import Piece
-from meloformer.data.writer import CorpusWriter
+from meloformer.data.writer import DUPLICATE, SAME, CorpusWriter
 from meloformer.errors import UserError, exit_cleanly
 from meloformer.hid.vocabulary import Family
 
@@ -45,7 +45,7 @@ def merge(folders: list[Path], output: Path) -> None:
         raise UserError(f"{output}: holds this corpus already; give another --output")
     with writing(output), CorpusWriter(output, settings, meta["input"]) as writer:
         files, first = sum(part.meta["totals"]["files"] for part in parts), writer.state.next_source
-        results = islice((result for part in parts for result in _results(part)), first, None)
+        results = islice((result for part in parts for result in _results(part, writer)), first, None)
         with tqdm(total=files, initial=first, unit="file", smoothing=0, file=sys.stderr) as bar:
             for number, result in enumerate(results, first):
                 writer.add(number, result)
@@ -83,18 +83,31 @@ def _in_order(folders: list[Path]) -> list[Corpus]:
     return [by_number[i] for i in range(1, n + 1)]
 
 
-def _results(part: Corpus) -> Iterator[Encoded | Rejected]:
-    """What became of each of the part's files, in their order."""
+def _results(part: Corpus, writer: CorpusWriter) -> Iterator[Encoded | Rejected]:
+    """What became of each of the part's files, in their order; to be read as they are added to `writer`."""
+    earlier: dict[str, str] = {}  # of the part's pieces those that an earlier part has, and what they are called there
     with open(part.path / REJECTED, encoding="utf-8") as lines:
-        rejected = (Rejected(line["path"], line["reason"], line["detail"]) for line in map(json.loads, lines))
+        rejected = (_rejected(line, earlier) for line in map(json.loads, lines))
         i, n = map(int, part.meta["settings"]["part"].split("/"))
         number = part.meta["input"]["files"] * (i - 1) // n
         for piece, (source, shingles) in enumerate(_stored(part)):
             for _ in range(number, source):
                 yield _next(rejected, part)
-            yield _encoded(part, piece, shingles)
+            encoded = _encoded(part, piece, shingles)
+            name = writer.kept(encoded.content)
+            if name not in (None, encoded.piece.name):
+                earlier[encoded.piece.name] = name
+            yield encoded
             number = source + 1
         yield from rejected
+
+
+def _rejected(line: dict, earlier: dict[str, str]) -> Rejected:
+    detail = line["detail"]
+    if line["reason"] == DUPLICATE:
+        kept = detail.removeprefix(SAME)
+        detail = SAME + earlier.get(kept, kept)
+    return Rejected(line["path"], line["reason"], detail)
 
 
 def _next(rejected: Iterator[Rejected], part: Corpus) -> Rejected:

@@ -3,15 +3,17 @@
 >>> [source.name for source in Input("midi")][:2]     # doctest: +SKIP
 ['a/Song.MID', 'b.mid']
 
-A folder is searched through in the order of the relative paths; a text file has one path a line, relative to the
-current folder, as `find midi/ -name "*.mid"` prints them, and keeps its order. A file's tag is the first folder of its
-path below the input, or in a list what stands behind a tab; of more than 64 the most frequent count. Nothing is held
-in memory but one folder's names at a time: every walk over an `Input` reads the folder, or the list, again. The
-surprise: a name is stored as text, and file names are bytes: those that are no UTF-8 are written as \\xNN.
+A folder is searched through in the order of the relative paths, also where a link leads out of it, but no folder twice.
+A text file has one path a line, relative to the current folder, as `find midi/ -name "*.mid"` prints them, and keeps
+its order. A file's tag is the first folder of its path below the input, or in a list what stands behind a tab; of more
+than 64 the most frequent count. Nothing is held in memory but one folder's names at a time, and which folders were
+read: every walk over an `Input` reads the folder, or the list, again. The surprise: a name is stored as text, and file
+names are bytes: those that are no UTF-8 are written as \\xNN.
 """
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import os
 from collections import Counter
@@ -89,36 +91,56 @@ class Input:
             raise UserError(f"{path}: is one MIDI file; --input takes a folder of them, or a text file of paths")
 
 
-def _walk(folder: str, below: str = "") -> Iterator[tuple[str, str, str]]:
-    """Sorted by name. A folder stands among its siblings as "name/", which is how its files' relative paths sort."""
-    names = []
+def _walk(folder: str, below: str = "", seen: set[tuple[int, int]] | None = None) -> Iterator[tuple[str, str, str]]:
+    """Sorted by name. A folder stands among its siblings as "name/", which is how its files' relative paths sort.
+
+    `seen` are the folders that were read (device, inode): links may go round in a circle.
+    """
+    names, seen, here = [], set() if seen is None else seen, os.path.join(folder, below)
     try:
-        with os.scandir(os.path.join(folder, below)) as entries:
+        about = os.stat(here)
+        if (about.st_dev, about.st_ino) in seen:
+            return
+        seen.add((about.st_dev, about.st_ino))
+        with os.scandir(here) as entries:
             for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
+                if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and _leads_out(entry.path, folder)):
                     names.append(entry.name + "/")
-                elif entry.name.lower().endswith(SUFFIXES) and not entry.is_dir():
+                elif entry.name.lower().endswith(SUFFIXES) and not os.path.isdir(entry.path):
                     names.append(entry.name)
     except OSError as error:
-        raise UserError(
-            f"{error.filename}: cannot be read ({error.strerror}); make it readable or move it away"
-        ) from None
+        raise _unreadable(here, error) from None
     names.sort(key=_printable)
     for name in names:
         relative = below + name
         if name.endswith("/"):
-            yield from _walk(folder, relative)
+            yield from _walk(folder, relative, seen)
         else:
             name = _printable(relative)
             yield os.path.join(folder, relative), name, name.split("/")[0] if "/" in name else ""
 
 
+def _leads_out(link: str, folder: str) -> bool:
+    """Whether a link is to a folder elsewhere; what is below the input goes by its own name, not by a link's."""
+    folder, target = os.path.realpath(folder), os.path.realpath(link)
+    return os.path.isdir(target) and not target.startswith(os.path.join(folder, "")) and target != folder
+
+
 def _lines(path: str) -> Iterator[tuple[str, str, str]]:
-    with open(path, "rb") as file:
-        for line in file:
-            name, _, tag = os.fsdecode(line.strip()).partition("\t")
-            if name.strip():
-                yield name.strip(), _printable(name.strip()), _printable(tag.strip())
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file):
+                if not number:
+                    line = line.removeprefix(codecs.BOM_UTF8)  # which some editors write before a text
+                name, _, tag = os.fsdecode(line.strip()).partition("\t")
+                if name.strip():
+                    yield name.strip(), _printable(name.strip()), _printable(tag.strip())
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: str, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot be read ({error.strerror}); make it readable or move it away")
 
 
 def _printable(name: str) -> str:

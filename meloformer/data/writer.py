@@ -44,6 +44,7 @@ SETTINGS = (
     "part",
 )
 DUPLICATE = "duplicate"
+SAME = "same content as "  # and the name of the piece that is kept: the detail of a duplicate
 _FEW = 4096
 
 
@@ -116,7 +117,7 @@ class CorpusWriter:
         if isinstance(result, Encoded):
             earlier = self._seen.find(result.content)
             if earlier is not None and self.settings["dedup"]:
-                result = Rejected(result.piece.name, DUPLICATE, f"same content as {self._name_before(earlier)}")
+                result = Rejected(result.piece.name, DUPLICATE, SAME + self._name_before(earlier))
         if isinstance(result, Rejected):
             line = {"path": result.name, "reason": result.reason, "detail": result.detail}
             state.rejected_bytes += self._rejected.write((json.dumps(line) + "\n").encode())
@@ -127,6 +128,11 @@ class CorpusWriter:
             self._seen.add_one(result.content, state.names_bytes)
         if self._entry.length("source") == self.settings["shard_size"]:
             self._flush()
+
+    def kept(self, content: int) -> str | None:
+        """Name of the piece that has this content already."""
+        end = self._seen.find(content)
+        return None if end is None else self._name_before(end)
 
     def _name_before(self, end: int) -> str:
         # A name is followed by its length in four bytes, so that it is found from its end.

@@ -36,6 +36,8 @@ def read_metrics(run: Path) -> dict[str, list[dict]]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give the folder of a run, such as runs/base") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: no record of a run, byte {error.start} is not text") from None
     records: dict[str, list[dict]] = {"train": [], "validation": []}
     for number, line in enumerate(lines, 1):
         try:

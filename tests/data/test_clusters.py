@@ -76,6 +76,40 @@ def test_what_everybody_has_links_nobody(cluster):
     assert len(set(cluster(contents[:-1], pieces[:-1]).tolist())) == 1
 
 
+def versions(rng, num_tunes: int, each: int, num_bars: int = 40, changed: int = 0) -> list[np.ndarray]:
+    """`each` versions of every tune in turn, in which so many bars are other ones."""
+    tunes = [rng.integers(1, 1 << 40, num_bars) for _ in range(num_tunes)]
+    return [
+        bars(*rng.choice(tune, num_bars - changed, replace=False), *rng.integers(1, 1 << 40, changed))
+        for _ in range(each)
+        for tune in tunes
+    ]
+
+
+@pytest.mark.parametrize(("each", "changed"), [(16, 0), (17, 0), (200, 0), (17, 2), (60, 2)])
+def test_many_versions_of_a_tune_are_one_cluster(cluster, each, changed):
+    """Seventeen, in a corpus of some hundred pieces, made all their bars common ones, and each was its own cluster: a
+    folder augmented beforehand (twelve keys, two velocities) had its training music in its validation."""
+    rng = np.random.default_rng(0)
+    pieces = versions(rng, 4, each, changed=changed)
+    found = cluster(rng.permutation(len(pieces)).astype(np.uint64), pieces).reshape(each, 4)
+    assert (found == found[0]).all() and len(set(found[0].tolist())) == 4
+
+
+def test_many_versions_count_as_one_where_an_excerpt_is_looked_for(cluster):
+    pieces = versions(np.random.default_rng(0), 2, 30)
+    excerpt = pieces[0][5:15]
+    found = cluster(np.arange(61, dtype=np.uint64), [*pieces, excerpt]).tolist()
+    assert found == [0, 1] * 30 + [0]
+
+
+def test_many_versions_do_not_chain_tunes_that_share_an_ostinato(cluster):
+    """Four of ten bars of each are common ones: of unlike pieces that is what everybody has."""
+    pieces = [np.sort(np.append(piece, bars(1, 2, 3, 4))) for piece in versions(np.random.default_rng(0), 20, 20, 6)]
+    found = cluster(np.arange(400, dtype=np.uint64), pieces).tolist()
+    assert found == [i % 20 for i in range(400)]
+
+
 def test_copies_kept_by_no_dedup_share_a_cluster_and_order_does_not_matter(cluster):
     sets = [bars(*range(1, 21)), bars(*range(500, 520)), bars(*range(1, 21)), bars()]
     contents = np.array([9, 5, 9, 7], dtype=np.uint64)

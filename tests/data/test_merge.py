@@ -52,6 +52,32 @@ def test_merged_parts_are_the_whole_to_the_byte(midi, parts, tmp_path, dedup):
     assert content(tmp_path / "merged") == content(tmp_path / "whole")
 
 
+def test_copies_in_one_part_name_the_piece_that_is_kept(tmp_path, monkeypatch):
+    """The second of them went by its part's own line, which named the first: a file that the whole does not hold."""
+    folder = write_folder(tmp_path / "midi", range(6), num_bars=6)
+    for name in ("piece004 y.mid", "piece005 z.mid"):
+        shutil.copy(folder / "piece000.mid", folder / name)
+    for i in (1, 2):
+        run(folder, tmp_path / str(i), part=f"{i}/2", shard_size=1)
+    parts = [tmp_path / "1", tmp_path / "2"]
+    assert "piece004 y.mid" in (parts[1] / "rejected.jsonl").read_text()
+    run(folder, tmp_path / "whole", shard_size=1)
+    merge(parts, tmp_path / "merged")
+    assert content(tmp_path / "merged") == content(tmp_path / "whole")
+
+    def stop_before_last(writer, number, result, add=CorpusWriter.add):
+        if number == 7:
+            raise KeyboardInterrupt
+        add(writer, number, result)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CorpusWriter, "add", stop_before_last)
+        with pytest.raises(KeyboardInterrupt):
+            merge(parts, tmp_path / "again")
+    merge(parts, tmp_path / "again")  # begins behind the first copy
+    assert content(tmp_path / "again") == content(tmp_path / "whole")
+
+
 def test_a_part_is_a_corpus_and_one_that_holds_nothing_is_a_part(midi, parts, tmp_path):
     assert sum(Corpus(part).num_pieces for part in parts) == 20 + sum(
         Corpus(part).name(i).endswith("copy.mid") for part in parts for i in range(Corpus(part).num_pieces)

@@ -108,6 +108,34 @@ def test_a_list_is_read_in_its_order_relative_to_the_current_folder(midi, tmp_pa
     assert rejected(Path("out")) == [("midi/gone.mid", "unreadable")]
 
 
+def test_a_list_that_begins_with_a_byte_order_mark_keeps_its_first_file(tmp_path):
+    (tmp_path / "files.txt").write_text("in/a.mid\tfolk\nin/b.mid\n", encoding="utf-8-sig")
+    assert [source.name for source in Input(str(tmp_path / "files.txt"))] == ["in/a.mid", "in/b.mid"]
+
+
+def test_linked_folders_are_read_once_each_and_a_circle_ends(tmp_path):
+    """They were left out and not counted: a farm of links held "no .mid or .midi file"."""
+    farm, outside = tmp_path / "farm", tmp_path / "outside"
+    for path in (outside / "x.mid", outside / "inner" / "y.mid", farm / "own" / "z.mid"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"MThd")
+    for link, target in (
+        (farm / "a", outside),
+        (farm / "b", outside),  # the same once more
+        (farm / "c", farm / "own"),  # which is read by its own name
+        (farm / "d", farm / "d"),
+        (farm / "e.mid", tmp_path / "gone.mid"),
+        (farm / "up", tmp_path),  # goes round
+        (outside / "back", farm),
+        (outside / "inner" / "circle", outside),
+    ):
+        link.symlink_to(target)
+    sources = list(Input(str(farm)))
+    assert [source.name for source in sources] == ["a/inner/y.mid", "a/x.mid", "e.mid", "own/z.mid"]
+    assert Path(sources[1].path).read_bytes() == b"MThd"
+    assert [source.name for source in Input(str(outside))] == ["back/c/z.mid", "back/e.mid", "inner/y.mid", "x.mid"]
+
+
 def test_names_that_are_no_text_are_still_names(tmp_path):
     folder = write_folder(tmp_path / "midi", [0])
     os.rename(os.fsencode(folder / "piece000.mid"), os.fsencode(folder) + b"/caf\xe9.mid")
@@ -210,6 +238,16 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, make, message):
         run(given, tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_list_that_cannot_be_read_is_one_line(tmp_path, monkeypatch):
+    def refused(path, *_):
+        raise PermissionError(13, "Permission denied", path)
+
+    (tmp_path / "list.txt").write_text("a.mid\n")
+    monkeypatch.setattr("meloformer.data.sources.open", refused, raising=False)
+    with pytest.raises(UserError, match=r"list.txt: cannot be read \(Permission denied\); make it readable"):
+        run(tmp_path / "list.txt", tmp_path / "out")
 
 
 def test_an_existing_folder_stays_as_empty_as_it_was(tmp_path):

@@ -160,6 +160,17 @@ def test_what_is_wrong_with_a_folder_is_said(copy, tmp_path):
     expect("no such folder")
 
 
+def test_an_index_that_cannot_be_read_is_named(copy, monkeypatch):
+    """Training took it for a disk that had gone, and said that there were checkpoints to go on from."""
+
+    def refused(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("meloformer.data.corpus.checksum", refused)
+    with pytest.raises(DataError, match=r"index.safetensors: cannot be read \(Permission denied\); make it readable"):
+        Corpus(copy)
+
+
 def test_a_shard_of_another_corpus_is_refused(corpus, copy, tmp_path):
     """Same names, same vocabulary, other music: only the content hash tells."""
     other = make_corpus(tmp_path / "other", seeds=range(100, 110), shard_size=10)

@@ -52,6 +52,9 @@ def test_what_is_no_run_is_said_in_one_line(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("hello\n{}\n")
     with pytest.raises(UserError, match="line 1 is no record"):
         read_metrics(tmp_path)
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"kind": "\xe4"}\n')
+    with pytest.raises(UserError, match=r"metrics.jsonl: no record of a run, byte 10 is not text"):
+        read_metrics(tmp_path)
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="holds no step yet"):
         read_metrics(tmp_path)
