@@ -86,8 +86,13 @@ class Request:
             instruments = [part.instrument for part in self.steering.parts]
             if not instruments:
                 return None if self.given is None else []
-        rank = {i: 0 if i == DRUMS else 1 if i in BASS_PROGRAMS else 2 for i in instruments}
-        return sorted(instruments, key=rank.__getitem__)
+        return [instruments[place] for place in request_order(instruments)]
+
+
+def request_order(instruments: Sequence[int]) -> list[int]:
+    """Places in `instruments` in the order in which a request writes them: drums, then basses, then as given."""
+    ranks = [0 if i == DRUMS else 1 if i in BASS_PROGRAMS else 2 for i in instruments]
+    return sorted(range(len(ranks)), key=ranks.__getitem__)
 
 
 class ConstrainedState:
