@@ -295,9 +295,11 @@ def anew(prompt: Prompt, max_length: int, bars: int | None = None, steering: Ste
         return 0, size
 
     wanted = bars or prompt.num_bars
-    what, remedy = f"a bar of {len(instruments)} new parts", "take a prompt with fewer"
+    least = min(max(steering.controls(prompt.vocabulary, prompt.tags).num_bars, 1), wanted)  # what is asked for fits
+    what = f"{'a bar' if least == 1 else f'{least} bars'} of {len(instruments)} new parts"
+    remedy = "take a prompt with fewer" + (", or give fewer chords or densities of bars" if least > 1 else "")
     size = _largest(
-        prompt, window, 1, wanted, frozenset(), instruments, steering, max_length, what, remedy, without_tracks=True
+        prompt, window, least, wanted, frozenset(), instruments, steering, max_length, what, remedy, without_tracks=True
     )
     note = f"writes its first {size} of {prompt.num_bars} bars" if size < wanted else ""
     return _task(prompt, 0, size, frozenset(), instruments, steering, note, max_length, without_tracks=True)

@@ -238,6 +238,19 @@ def test_a_piece_anew_may_be_shorter(prompt):
     assert list(told.request.steering.parts) == [Part(33, density=9)]
 
 
+def test_a_piece_anew_takes_several_chords_and_densities(prompt):
+    """The search for the bars that fit began at one bar, and there four chords were always too many."""
+    four = Steering(chords="Am F C G", bar_density=[1, 2, 3])
+    text = TOKENIZER.text(anew(prompt, 900, steering=four).request.given)
+    assert text.count("CHORD_") == 6 and text.count("BAR_DENSITY_") == 6  # begun again until the sixth bar
+    small = anew(prompt, 240, steering=four)
+    assert small.cells == 16 and "first 4 of 6 bars" in small.note
+    with pytest.raises(UserError, match=r"4 bars of 4 new parts need about .* fewer chords"):
+        anew(prompt, 100, steering=four)
+    with pytest.raises(UserError, match="chords has 4, and there are 3 bars"):
+        anew(prompt, 900, bars=3, steering=four)
+
+
 @given(st.data())
 @settings(max_examples=60, deadline=None)
 def test_any_choice_keeps_what_was_given_and_fills_every_mask(data):
