@@ -257,10 +257,10 @@ def prompt_rows(derived: np.ndarray, score: Score, frame: Frame, controls: Contr
     """
     v = controls.vocabulary
     end = min(frame.last, score.num_bars)
-    tracks = np.array([] if frame.adds_parts else frame.tracks, dtype=np.int64)
-    parts = [] if frame.adds_parts else controls.parts_of(score.instruments[tracks].tolist())
     asked = [(-1, -1, -1, token) for token in controls.said]
-    asked += [(track, -1, -1, token) for track, tokens in enumerate(parts) for token in tokens]
+    if not frame.adds_parts:  # found among all tracks of the score, those that are silent here too
+        parts = controls.parts_of(score.instruments.tolist())
+        asked += [(place, -1, -1, token) for place, track in enumerate(frame.tracks) for token in parts[track]]
     asked += _rows_of_bars(controls, score, frame)
 
     family = v.family_of[derived[:, TOKEN]]

@@ -452,6 +452,24 @@ def test_bars_between_rewritten_ones_keep_their_chords(song):
     assert [bar.split() for bar in bars[1][1:3]] == [bar.split() for bar in bars[0][1:3]]
 
 
+def test_a_description_finds_its_track_where_another_is_silent(tmp_path):
+    """Only the tracks that sound in the window were looked through: the bass of bars 1 and 2 was not there for a piano
+    rewritten in bar 3, and what was said of the first violin went to the second."""
+    rows = [(track, 96 * bar, 90, 50 + track, 80) for track in (0, 3) for bar in range(3)]
+    rows += [(track, 96 * bar, 90, 20 * track + 20, 80) for track in (1, 2) for bar in range(2)]
+    write_midi(Score(24, [Track(0), Track(33), Track(40), Track(40)], note_table(rows)), tmp_path / "song.mid")
+    prompt = Prompt(tmp_path / "song.mid", VOCABULARY)
+    assert prompt.score.instruments.tolist() == [33, 0, 40, 40] and prompt.track_of == [1, 0, 2, 3]
+    steering = Steering(parts=[Part(33, density=4), Part(40, density=7), Part(0, density=2)])
+    near, tracks = prompt.stream(2, 3, frozenset({(1, 2)}), steering)
+    assert tracks == [1, 3] and "INSTRUMENT_0 DENSITY_2 BAR MASK INSTRUMENT_40 BAR" in TOKENIZER.text(near)
+    text = text_of(rewriting(prompt, frozenset({(1, 2)}), 900, steering))
+    assert "INSTRUMENT_33 DENSITY_4 BAR" in text and "INSTRUMENT_40 DENSITY_7 BAR" in text
+    assert text.count("INSTRUMENT_40") == 2 and text.count("DENSITY_7") == 1
+    with pytest.raises(UserError, match="a track of Flute is described"):
+        rewriting(prompt, frozenset({(1, 2)}), 900, Steering(parts=[Part(73, density=4)]))
+
+
 def test_an_end_is_not_asked_for_where_the_piece_goes_on(song):
     prompt = Prompt(song, VOCABULARY)
     with pytest.raises(UserError, match=f"end: the model reads .* of {prompt.num_bars}; leave it out"):
