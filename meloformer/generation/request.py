@@ -138,7 +138,9 @@ class ConstrainedState:
         parts = len(self.instruments or [0] * (self.request.given is None))
         if self.request.given is None:
             bars = self.least_bars
-            needed = _HEAD_LENGTH + len(self.controls.head) + bars + self.controls.tokens_in_bars(0, bars)
+            needed = _HEAD_LENGTH + len(self.controls.head) + bars
+            if bars <= self.max_length:  # a billion bars are refused before they are gone through
+                needed += self.controls.tokens_in_bars(0, bars)
             what = f"{bars} bars of {parts} instruments"
         else:
             fills = len(self.state.masks)

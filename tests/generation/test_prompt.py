@@ -121,6 +121,8 @@ def test_a_long_prompt_is_read_through_a_window_and_says_so(prompt):
     assert continuation(prompt, 2, 4000, prompt_bars=3).first_bar == 3
     with pytest.raises(UserError, match=r"song.mid: a bar of it and 2 new ones of 4 tracks need about"):
         continuation(prompt, 2, 100)
+    with pytest.raises(UserError, match="need over 4000000000000000000 tokens, max_length is 100; ask for fewer"):
+        continuation(prompt, 10**18, 100)  # every cell was listed first, which did not end
 
     cells = find_cells(prompt, [("drums", 4, 4)])
     near = rewriting(prompt, cells, len(rewriting(prompt, cells, 4000).request.given) - 20)

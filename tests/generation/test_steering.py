@@ -213,6 +213,13 @@ def test_what_cannot_be_asked_for_is_one_line(steering, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("request_", [Request(10**18), Request(steering=Steering(chords="A B", chord_bars=1000))])
+def test_more_bars_than_tokens_are_refused_at_once(request_):
+    """They were gone through one by one, and a billion of them gave no answer."""
+    with pytest.raises(UserError, match=r"max_length is 500, and \d+ bars of 1 instruments need at least \d+ tokens"):
+        ConstrainedState(VOCABULARY, request_, 500)
+
+
 def test_a_model_is_asked_only_for_what_it_was_trained_with():
     model = tiny_model()
     model.conditions, model.tags = ["key"], []
