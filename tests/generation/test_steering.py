@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -186,7 +187,10 @@ def test_parts_are_found_by_their_instruments():
         ({"chords": " "}, "chords is empty"),
         ({"chords": "A B C D E"}, "chords has 5, and there are 4 bars"),
         ({"chords": "A B C", "chord_bars": 2}, "chords has 3 of 2 bars each, and there are 4 bars"),
-        ({"chords": "A B", "chord_bars": 0.3}, "chord_bars is 0.3, must be a multiple of 0.5"),
+        *(
+            ({"chords": "A B", "chord_bars": bars}, rf"chord_bars is {re.escape(str(bars))}, must be a multiple of 0.5")
+            for bars in (0.3, 0.0, -1.0, 1e308, float("inf"), float("nan"))  # 1e308 was an OverflowError
+        ),
         (
             {"chords": "A B", "chord_bars": 0.5, "meter": (3, 4)},
             "chord_bars is 0.5, which splits bars",
