@@ -158,6 +158,8 @@ CONTROLS: dict[str, Callable[[Bars, Sequence[Bars], np.random.Generator], Bars]]
 
 def compare(config: EvaluateConfig) -> dict:
     """Measure, print the table, write report.json and report.html; returns what report.json holds."""
+    if not Path(config.generated).is_dir():
+        raise UserError(f"--generated {config.generated}: no such folder; give one of MIDI files, of shards, or a run")
     output = Path(config.output) if config.output else Path(config.generated)
     if not output.is_dir():
         raise UserError(f"--output {output}: no such folder; make it first, or leave --output out")

@@ -142,6 +142,16 @@ def test_music_comes_from_midi_shards_and_runs(tmp_path, capsys):
         assert sorted(zip(bars.bar, bars.code)) == sorted(zip(same.bar, same.code))
 
 
+def test_a_file_that_cannot_be_read_is_left_out_whatever_the_limit(tmp_path, capsys):
+    """It ended the evaluation where pieces are chosen by content. A link to nowhere is unreadable for root too."""
+    for seed in range(3):
+        write_midi(small_score(seed), tmp_path / f"{seed}.mid")
+    (tmp_path / "a.mid").symlink_to(tmp_path / "gone.mid")
+    for limit, pieces in ((None, 3), (3, 2)):
+        assert len(load_music(str(tmp_path), "train", limit)) == pieces
+        assert "left out" in capsys.readouterr().out
+
+
 def test_refusals_are_one_line(folders, tmp_path):
     generated, reference = str(folders / "generated"), str(folders / "reference")
     preprocess(PreprocessConfig(input=reference, output=str(tmp_path / "fine"), resolution=48))
@@ -162,5 +172,7 @@ def test_refusals_are_one_line(folders, tmp_path):
         run(EvaluateConfig(generated=generated, reference=str(tmp_path / "few")))
     with pytest.raises(UserError, match="no such folder"):
         run(EvaluateConfig(generated=generated, reference=reference, output=str(tmp_path / "none")))
+    with pytest.raises(UserError, match=r"--generated .*nosuch: no such folder"):  # --output was said, and not given
+        run(EvaluateConfig(generated=str(tmp_path / "nosuch"), reference=reference))
     with pytest.raises(UserError, match="gone: no such folder"):
         run(EvaluateConfig(generated=generated, reference=str(tmp_path / "gone")))
