@@ -64,7 +64,7 @@ def draw_mask(
     figure.subplots_adjust(left=0.12, right=0.985, top=0.87, bottom=0.17)
     _draw_elements(left, rule, row, bars)
     share = _draw_blocks(right, rule, row)
-    figure.suptitle(title, x=0.12, y=0.975, ha="left", fontsize=13, fontweight="bold")
+    figure.suptitle(title, x=0.12, y=0.975, ha="left", fontsize=13, fontweight="bold", parse_math=False)
     patches = [Patch(color=colour, label=label) for label, colour in COLOURS.items()]
     place = {"loc": "lower left", "bbox_to_anchor": (0.11, 0.02), "ncols": 3, "columnspacing": 1.5}
     figure.legend(handles=patches, frameon=False, fontsize=9, **place)
