@@ -107,6 +107,11 @@ class MidiSource:
         if not np.array_equal(np.sort(note_table(rows), order=fields), np.sort(self.score.notes, order=fields)):
             raise MidiError(f"{path}: damaged MIDI (its notes read differently twice); {RESAVE}")
 
+    def places(self, notes: np.ndarray) -> list[tuple[int, int, int, int]]:
+        """(track of the file, channel, onset, pitch) of rows of `score.notes`."""
+        parts = [self.parts[track][:2] for track in notes["track"].tolist()]
+        return [(*part, *note) for part, note in zip(parts, notes[["onset", "pitch"]].tolist())]
+
     def plays(self, track: int, tick: int) -> bool:
         """Whether a note struck there on the track's channel would sound as the track does."""
         part = self.parts[track]

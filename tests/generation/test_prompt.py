@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 
 from meloformer.errors import UserError
 from meloformer.generation import Request, Sampling, generate
+from meloformer.generation.command import _is_new
 from meloformer.generation.prompt import (
     Prompt,
     accompaniment,
@@ -24,9 +27,10 @@ from meloformer.generation.steering import Part, Steering
 from meloformer.hid import Family, Tokenizer
 from meloformer.hid.controls import CONDITIONS
 from meloformer.midi import DRUMS, MidiError, Score, Track, note_table, read_score, write_midi
+from meloformer.midi.merge import MidiSource
 from tests.hid.streams import VOCABULARY
 from tests.midi.real_files import readable_sample
-from tests.midi.test_merge import timed_events
+from tests.midi.test_merge import band, timed_events
 from tests.model.music import tiny_model
 
 TOKENIZER = Tokenizer(VOCABULARY)
@@ -204,6 +208,26 @@ def test_new_parts_stand_beside_the_given_ones(prompt, tmp_path):
     alone = read_score(tmp_path / "alone.mid")
     assert set(alone.instruments.tolist()) == {0, DRUMS} and alone.num_notes >= len(new)
     assert alone.meters.tolist() == prompt.source.score.meters.tolist()
+
+
+def test_what_is_new_is_told_where_a_part_shares_its_channel(tmp_path):
+    """The file uses every channel, so a trumpet joins the horns' and reads as one: its notes were drawn as old ones."""
+    band(tmp_path / "full.mid", channels=range(16))
+    prompt = Prompt(tmp_path / "full.mid", VOCABULARY)
+    for task in (
+        accompaniment(prompt, [56], 900, prompt_bars=1),
+        rewriting(prompt, frozenset({(2, 0), (3, 1)}), 900),
+    ):
+        sample = one_sample(task)
+        for only_new in (False, True):
+            counts = task.write(sample, tmp_path / "out.mid", only_new)
+            new = task.new_notes(sample)
+            written = MidiSource(tmp_path / "out.mid")
+            is_new = _is_new(written, task, only_new)
+            assert is_new.sum() == len(new) - counts["held_dropped"] - counts["duplicate_dropped"] > 0
+            found = written.score.notes[is_new][["onset", "pitch"]].tolist()
+            assert not Counter(found) - Counter(new[["onset", "pitch"]].tolist())
+            assert counts["channel_shared"] == len(task.instruments) and (is_new.all() or not only_new)
 
 
 def test_a_piece_anew_has_the_prompts_form_and_none_of_its_notes(song, tmp_path):
