@@ -21,12 +21,18 @@ REPORT = "generation.json"
 def earlier_runs(output: Path) -> list[dict]:
     """The runs that a folder's report lists; UserError where it is not this program's."""
     path = output / REPORT
-    if not path.exists():
-        return []
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["runs"]
+        runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
+        names = [sample["file"] for run in runs for sample in run["samples"]]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); choose another --output") from None
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is not this program's: choose another --output") from None
+        runs, names = None, []
+    if not isinstance(runs, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path} is not this program's: choose another --output")
+    return runs
 
 
 def refuse_taken(output: Path, runs: list[dict], names: Iterable[str]) -> None:

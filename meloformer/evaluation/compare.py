@@ -158,6 +158,8 @@ CONTROLS: dict[str, Callable[[Bars, Sequence[Bars], np.random.Generator], Bars]]
 
 def compare(config: EvaluateConfig) -> dict:
     """Measure, print the table, write report.json and report.html; returns what report.json holds."""
+    if not Path(config.generated).is_dir():
+        raise UserError(f"--generated {config.generated}: no such folder; give one of MIDI files, of shards, or a run")
     output = Path(config.output) if config.output else Path(config.generated)
     if not output.is_dir():
         raise UserError(f"--output {output}: no such folder; make it first, or leave --output out")
@@ -177,8 +179,8 @@ def compare(config: EvaluateConfig) -> dict:
         sets[name] = Measured([control(bars, pieces, rng) for bars in other.pieces])
     scalar_bands, curve_bands = bands(reference)
     numbers = {name: {key: _plain(x) for key, x in m.numbers(base).items()} for name, m in sets.items()}
-    outside = {
-        name: [key for key in (STRUCTURE if name in CONTROLS else values) if _outside(values[key], scalar_bands[key])]
+    verdicts = {
+        name: {key: _verdict(values[key], scalar_bands[key]) for key in (STRUCTURE if name in CONTROLS else values)}
         for name, values in numbers.items()
         if name != "real"
     }
@@ -188,7 +190,8 @@ def compare(config: EvaluateConfig) -> dict:
         "pieces": {name: len(m.pieces) for name, m in sets.items()},
         "numbers": numbers,
         "bands": scalar_bands,
-        "outside": outside,
+        "outside": {name: _keys(found, "outside") for name, found in verdicts.items()},
+        "not_measured": {name: _keys(found, "not measured") for name, found in verdicts.items()},
         "curves": {name: {v: _plain_list(c) for v, c in m.curves().items()} for name, m in sets.items()},
         "curve_bands": {view: [_plain_list(row) for row in rows] for view, rows in curve_bands.items()},
         "curve_outside": {
@@ -264,11 +267,14 @@ def text_report(report: dict) -> str:
         low, high = report["bands"][key]
         band = f"{_cell(low)} to {_cell(high)}"
         mark = " *" if key in report["outside"]["generated"] else ""
+        mark = " ?" if key in report["not_measured"]["generated"] else mark
         lines.append(
             f"{key.replace('_', ' '):30}{cells[0]:>10}{cells[1]:>9}{cells[2]:>9}{band:>21}"
             f"{cells[3]:>10}{cells[4]:>9}{cells[5]:>9}{mark}"
         )
     lines += ["", "* differs from the real pieces by more than 95 % of their random halves differ from each other"]
+    if report["not_measured"]["generated"]:
+        lines.append("? not measured: too few pieces, here or of the real ones, have it (peaks need 18 bars)")
     for name in CONTROLS:
         if not report["outside"][name]:
             lines.append(f"warning: the control '{name}' passes for music: the reference is too small to tell")
@@ -294,8 +300,15 @@ def _cell(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
 
 
-def _outside(value: float | None, band: Sequence[float | None]) -> bool:
-    return value is not None and None not in band and not band[0] <= value <= band[1]
+def _verdict(value: float | None, band: Sequence[float | None]) -> str:
+    """ "inside", "outside" or "not measured", where there is no value or no band."""
+    if value is None or None in band:
+        return "not measured"
+    return "inside" if band[0] <= value <= band[1] else "outside"
+
+
+def _keys(verdicts: dict[str, str], verdict: str) -> list[str]:
+    return [key for key, found in verdicts.items() if found == verdict]
 
 
 def _share_outside(values: np.ndarray, band: np.ndarray) -> float | None:

@@ -17,7 +17,9 @@ the real windows against their own conditions; and how much of the way from `shu
 
 >>> measure(model, corpus, config.data, num_samples=32)["chords"]["share_of_gap"]   # doctest: +SKIP
 
-The surprise: nothing of a real window reaches the model but what a musician could have typed.
+The surprise: nothing of a real window reaches the model but what a musician could have typed. So its parts stand in the
+order in which a request writes them, and not in the encoder's, which knows how low a part lies: track i of a sample is
+what was asked of track i of its window.
 """
 
 from __future__ import annotations
@@ -33,9 +35,11 @@ from meloformer.data.packing import split_pieces
 from meloformer.data.windows import PieceTable
 from meloformer.errors import UserError
 from meloformer.generation import Part, Request, Sampling, Steering, generate
+from meloformer.generation.request import request_order
 from meloformer.hid import Tokenizer
 from meloformer.hid.conditions import CHORD_TONES, KEY_TONES, Conditions, chord_name, derive, key_name
 from meloformer.hid.controls import CONDITIONS
+from meloformer.hid.tokenizer import reorder_tracks
 from meloformer.hid.vocabulary import ROLES
 from meloformer.midi.score import DRUMS, Score
 from meloformer.model import MeloFormer
@@ -97,7 +101,8 @@ def half_chords(conditions: Conditions, score: Score) -> np.ndarray:
 def draw_windows(corpus: Corpus, data: DataConfig, count: int, max_tokens: int, seed: int, split: str) -> list[Window]:
     """`count` windows of NUM_BARS bars, or as many as fit, one piece after the other; the even ones end their piece.
 
-    Windows in which the meter changes are passed over, and those without a pitched note.
+    Windows in which the meter changes are passed over, and those without a pitched note. Tracks stand as a request of
+    the window's instruments writes them.
     """
     pieces = split_pieces(corpus, data)[0][split]
     tokenizer, rng, windows = Tokenizer(corpus.vocabulary), np.random.default_rng(seed), []
@@ -113,6 +118,7 @@ def draw_windows(corpus: Corpus, data: DataConfig, count: int, max_tokens: int, 
         if bars < 2:
             continue
         score = tokenizer.decode(table.window(first, first + bars))
+        score = reorder_tracks(score, np.array(request_order(score.instruments.tolist()), dtype=np.int64))
         found = derive(score)
         if len(score.meters) == 1 and found.key is not None:
             windows.append(Window(score, found, first == 0, wants_end))

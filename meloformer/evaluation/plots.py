@@ -259,7 +259,8 @@ def _head(figure, score: Score, title: str, shown: int, total: int, page: float)
     bars = f"bars: {total}" if shown == total else f"bars: 1-{shown} of {total:,}"
     facts = f"{bars}  ·  quarters a minute: {speed}  ·  notes: {score.num_notes:,}"
     left = 0.25 / PAGE_INCHES
-    figure.text(left, 1 - 0.18 / page, title, fontsize=13, weight="bold", color=INK, va="top")
+    # a file may be called "cash_$_and_$", which is no formula
+    figure.text(left, 1 - 0.18 / page, title, fontsize=13, weight="bold", color=INK, va="top", parse_math=False)
     figure.text(1 - left, 1 - 0.22 / page, facts, fontsize=9, color=INK, va="top", ha="right")
 
 

@@ -43,7 +43,7 @@ table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabula
 th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #e3e5e9; white-space: nowrap; }
 th { white-space: normal; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; }
-td.outside { color: #b3203f; font-weight: 600; } td.inside { color: #1d7a50; }
+td.outside { color: #b3203f; font-weight: 600; } td.inside { color: #1d7a50; } td.not { color: #70757d; }
 .plots { display: flex; flex-wrap: wrap; gap: .8rem 1.2rem; }
 svg { font: 11px system-ui, sans-serif; max-width: 100%; height: auto; }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; font-size: 13px; margin: .4rem 0; }
@@ -61,7 +61,8 @@ def html_report(report: Mapping) -> str:
         f"<p>{counts['generated']} pieces of <b>{escape(report['generated'])}</b> beside two halves, {counts['real']} "
         f"and {counts['second half']} pieces, of <b>{escape(report['reference'])}</b>. Closer to real music is better, "
         "not higher. A figure is inside where it differs from the real pieces by no more than 95 % of their random "
-        "halves differ from each other.</p>",
+        "halves differ from each other; it is not measured where too few pieces on either side have it, such as peaks, "
+        "which need 18 bars.</p>",
         "<h2>How much a piece is like itself, so many bars later</h2>",
         _legend(STYLES),
         "<p>The grey band is how far random halves of the real pieces lie from each other. Peaks at multiples of four "
@@ -96,9 +97,10 @@ def _numbers(report: Mapping) -> str:
     for key in report["numbers"]["generated"]:
         low, high = report["bands"][key]
         verdict = "outside" if key in report["outside"]["generated"] else "inside"
+        verdict = "not measured" if key in report["not_measured"]["generated"] else verdict
         band = f"{_number(low)} to {_number(high)}" if low is not None and high is not None else "unknown"
         cells = {name: f"<td>{_number(report['numbers'][name][key])}</td>" for name in STYLES}
-        cells["generated"] += f"<td class='{verdict}'>{verdict}</td>"
+        cells["generated"] += f"<td class='{verdict.split()[0]}'>{verdict}</td>"
         cells["second half"] += f"<td>{band}</td>"
         html.append(f"<tr><td>{escape(_words(key))}</td>{''.join(cells.values())}</tr>")
     return "".join(html) + "</table></div>"

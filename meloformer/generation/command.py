@@ -44,8 +44,9 @@ from meloformer.generation.sampling import Sampling
 from meloformer.generation.sound import Synthesizer
 from meloformer.generation.steering import Steering, parse_parts
 from meloformer.hid import Family
-from meloformer.midi import read_score, write_midi
+from meloformer.midi import write_midi
 from meloformer.midi.general_midi import instrument_name, parse_instrument
+from meloformer.midi.merge import MidiSource
 from meloformer.model import MeloFormer
 from meloformer.report import earlier_runs, refuse_taken, write_report
 
@@ -135,8 +136,8 @@ def _write(job: Job, name: str, sample: Sample, config: GenerateConfig, synthesi
     if config.plot:
         score, new = sample.score, None
         if job.task is not None and not job.task.anew:
-            score = read_score(path)
-            new = _is_new(score, job.task, sample)
+            written = MidiSource(path)
+            score, new = written.score, _is_new(written, job.task, config.only_new)
         piano_roll(score, path.with_suffix(".png"), name, new)
     if synthesizer is not None:
         synthesizer.render(path, path.with_suffix(".wav"))
@@ -144,15 +145,13 @@ def _write(job: Job, name: str, sample: Sample, config: GenerateConfig, synthesi
     return counts
 
 
-def _is_new(score, task: Task, sample: Sample) -> np.ndarray:
-    """(notes,) bool: which notes of the written file the sample wrote."""
-    old = task.prompt.source.score.instruments.tolist()
-    new = task.new_notes(sample)
-    instruments = np.array([*old, *task.instruments])[new["track"]]
-    written = set(zip(instruments.tolist(), new["onset"].tolist(), new["pitch"].tolist()))
-    notes = score.notes
-    found = zip(score.instruments[notes["track"]].tolist(), notes["onset"].tolist(), notes["pitch"].tolist())
-    return np.array([note in written for note in found], dtype=bool)
+def _is_new(written: MidiSource, task: Task, only_new: bool) -> np.ndarray:
+    """(notes,) bool: which notes of the written file are not the prompt's. By their places in the file: a new part that
+    shares a channel has the instrument of its host there."""
+    source = task.prompt.source
+    kept = set() if only_new else {*source.places(source.score.notes)}
+    kept -= {*source.places(task.prompt.notes_in(task.replaced))}
+    return np.array([place not in kept for place in written.places(written.score.notes)], dtype=bool)
 
 
 def _record(job: Job, samples: list[Sample], changes: list[Counter], seconds: float, config: GenerateConfig) -> dict:

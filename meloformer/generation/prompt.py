@@ -234,15 +234,17 @@ def continuation(
     prompt: Prompt, bars: int, max_length: int, prompt_bars: int | None = None, steering: Steering = FREE
 ) -> Task:
     """`bars` more bars of every track, behind the last bar; the model reads the last `prompt_bars`, or all that fit."""
-    end = prompt.num_bars + bars
-    masked = frozenset(product(range(len(prompt.score.tracks)), range(prompt.num_bars, end)))
+    end, tracks = prompt.num_bars + bars, len(prompt.score.tracks)
+    what, remedy = f"a bar of it and {bars} new ones of {tracks} tracks", "ask for fewer --continue_bars"
+    if bars * tracks > max_length:  # said before they are listed: each costs a token at least
+        raise UserError(f"{prompt.path}: {what} need over {bars * tracks} tokens, max_length is {max_length}; {remedy}")
+    masked = frozenset(product(range(tracks), range(prompt.num_bars, end)))
     wanted = min(prompt_bars or prompt.num_bars, prompt.num_bars)
 
     def window(size: int) -> tuple[int, int]:
         return prompt.num_bars - size, end
 
-    what = f"a bar of it and {bars} new ones of {len(prompt.score.tracks)} tracks"
-    size = _largest(prompt, window, 1, wanted, masked, [], steering, max_length, what, "ask for fewer --continue_bars")
+    size = _largest(prompt, window, 1, wanted, masked, [], steering, max_length, what, remedy)
     note = f"reads its last {size} of {prompt.num_bars} bars" if size < wanted else ""
     return _task(prompt, *window(size), masked, [], steering, note, max_length)
 
@@ -295,9 +297,11 @@ def anew(prompt: Prompt, max_length: int, bars: int | None = None, steering: Ste
         return 0, size
 
     wanted = bars or prompt.num_bars
-    what, remedy = f"a bar of {len(instruments)} new parts", "take a prompt with fewer"
+    least = min(max(steering.controls(prompt.vocabulary, prompt.tags).num_bars, 1), wanted)  # what is asked for fits
+    what = f"{'a bar' if least == 1 else f'{least} bars'} of {len(instruments)} new parts"
+    remedy = "take a prompt with fewer" + (", or give fewer chords or densities of bars" if least > 1 else "")
     size = _largest(
-        prompt, window, 1, wanted, frozenset(), instruments, steering, max_length, what, remedy, without_tracks=True
+        prompt, window, least, wanted, frozenset(), instruments, steering, max_length, what, remedy, without_tracks=True
     )
     note = f"writes its first {size} of {prompt.num_bars} bars" if size < wanted else ""
     return _task(prompt, 0, size, frozenset(), instruments, steering, note, max_length, without_tracks=True)

@@ -86,8 +86,13 @@ class Request:
             instruments = [part.instrument for part in self.steering.parts]
             if not instruments:
                 return None if self.given is None else []
-        rank = {i: 0 if i == DRUMS else 1 if i in BASS_PROGRAMS else 2 for i in instruments}
-        return sorted(instruments, key=rank.__getitem__)
+        return [instruments[place] for place in request_order(instruments)]
+
+
+def request_order(instruments: Sequence[int]) -> list[int]:
+    """Places in `instruments` in the order in which a request writes them: drums, then basses, then as given."""
+    ranks = [0 if i == DRUMS else 1 if i in BASS_PROGRAMS else 2 for i in instruments]
+    return sorted(range(len(ranks)), key=ranks.__getitem__)
 
 
 class ConstrainedState:
@@ -133,7 +138,9 @@ class ConstrainedState:
         parts = len(self.instruments or [0] * (self.request.given is None))
         if self.request.given is None:
             bars = self.least_bars
-            needed = _HEAD_LENGTH + len(self.controls.head) + bars + self.controls.tokens_in_bars(0, bars)
+            needed = _HEAD_LENGTH + len(self.controls.head) + bars
+            if bars <= self.max_length:  # a billion bars are refused before they are gone through
+                needed += self.controls.tokens_in_bars(0, bars)
             what = f"{bars} bars of {parts} instruments"
         else:
             fills = len(self.state.masks)

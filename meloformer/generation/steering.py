@@ -34,6 +34,7 @@ from meloformer.hid.vocabulary import ROLES, Family, Vocabulary
 from meloformer.midi.general_midi import instrument_name, parse_instrument
 from meloformer.midi.score import DRUMS, Score
 
+MAX_CHORD_BARS = 1000
 PART_CONDITIONS = ("role", "density", "polyphony")
 
 
@@ -145,9 +146,12 @@ class Controls:
         words = steering.chords if steering.chords is not None else []
         words = re.findall(r"[^\s,|]+", words) if isinstance(words, str) else words
         self.chords = [v.token(Family.CHORD, parse_chord(word)) for word in words]
-        self.halves = round(2 * steering.chord_bars)  # of a bar, that a chord lasts
-        if self.halves < 1 or self.halves != 2 * steering.chord_bars:
-            raise UserError(f"chord_bars is {steering.chord_bars}, must be a multiple of 0.5, such as 0.5, 1 or 2")
+        if not (0.5 <= steering.chord_bars <= MAX_CHORD_BARS and steering.chord_bars % 0.5 == 0):
+            raise UserError(
+                f"chord_bars is {steering.chord_bars}, must be a multiple of 0.5, such as 0.5, 1 or 2, at most "
+                f"{MAX_CHORD_BARS}"
+            )
+        self.halves = int(2 * steering.chord_bars)  # of a bar, that a chord lasts
         self.densities = [_number(v, Family.BAR_DENSITY, n, "bar_density", first=0) for n in steering.bar_density or []]
         for name, given in (("chords", self.chords), ("bar_density", self.densities)):
             if getattr(steering, name) is not None and not given:
@@ -257,10 +261,10 @@ def prompt_rows(derived: np.ndarray, score: Score, frame: Frame, controls: Contr
     """
     v = controls.vocabulary
     end = min(frame.last, score.num_bars)
-    tracks = np.array([] if frame.adds_parts else frame.tracks, dtype=np.int64)
-    parts = [] if frame.adds_parts else controls.parts_of(score.instruments[tracks].tolist())
     asked = [(-1, -1, -1, token) for token in controls.said]
-    asked += [(track, -1, -1, token) for track, tokens in enumerate(parts) for token in tokens]
+    if not frame.adds_parts:  # found among all tracks of the score, those that are silent here too
+        parts = controls.parts_of(score.instruments.tolist())
+        asked += [(place, -1, -1, token) for place, track in enumerate(frame.tracks) for token in parts[track]]
     asked += _rows_of_bars(controls, score, frame)
 
     family = v.family_of[derived[:, TOKEN]]

@@ -107,6 +107,11 @@ class MidiSource:
         if not np.array_equal(np.sort(note_table(rows), order=fields), np.sort(self.score.notes, order=fields)):
             raise MidiError(f"{path}: damaged MIDI (its notes read differently twice); {RESAVE}")
 
+    def places(self, notes: np.ndarray) -> list[tuple[int, int, int, int]]:
+        """(track of the file, channel, onset, pitch) of rows of `score.notes`."""
+        parts = [self.parts[track][:2] for track in notes["track"].tolist()]
+        return [(*part, *note) for part, note in zip(parts, notes[["onset", "pitch"]].tolist())]
+
     def plays(self, track: int, tick: int) -> bool:
         """Whether a note struck there on the track's channel would sound as the track does."""
         part = self.parts[track]
@@ -130,11 +135,12 @@ def merge_midi(
     """
     counts: Counter = Counter()
     tracks = source.tracks
-    guests = defaultdict(list)  # new notes by the track of the file that takes them
+    guests = defaultdict(list)  # new notes by the track of the file that takes them; their track is the channel there
     homeless = defaultdict(list)  # those that need a track of their own, by number
-    for row in resolve_overlaps(notes, counts).tolist():
+    for row in notes.tolist():
         if row[0] < len(source.parts) and source.plays(row[0], row[1]):
-            guests[source.parts[row[0]].file_track].append(row)
+            part = source.parts[row[0]]
+            guests[part.file_track].append((part.channel, *row[1:]))
         else:
             homeless[row[0]].append(row)
 
@@ -148,8 +154,10 @@ def merge_midi(
             else:
                 kept.append(note)
         stays = [(tick, _FILE, event) for at, (tick, event) in enumerate(track.events) if at not in dropped]
-        added = _avoid_kept(guests[i], kept, source.parts, counts)
-        lists.append(stays + [event for row in added for event in _note_events(source.parts[row[0]].channel, row)])
+        # Channel by channel, not part by part: two kits of one track of the file are two parts on channel 10.
+        rows = resolve_overlaps(note_table(guests[i]), counts).tolist()
+        added = _avoid_kept(rows, kept, counts)
+        lists.append(stays + [event for row in added for event in _note_events(row[0], row)])
 
     channels = _Channels(tracks, counts)
     for number, rows in sorted(homeless.items()):
@@ -161,6 +169,7 @@ def merge_midi(
             instrument = int(instruments[number - len(source.parts)])
             name = instrument_name(instrument)
         channel, setup = channels.choose(instrument)
+        rows = resolve_overlaps(note_table(rows), counts).tolist()
         head = [(0, _FILE, event) for event in (_name_event(name), *setup)]
         lists.append(head + [event for row in rows for event in _note_events(channel, row)])
 
@@ -201,16 +210,17 @@ def _read_track(chunk: bytes, shared: dict[int, int]) -> _FileTrack:
     return _FileTrack(listed, notes, changes)
 
 
-def _avoid_kept(rows: list, kept: list[Note], parts: list[Part], counts: Counter) -> list:
-    """The new notes that do not disturb how the kept notes of their channel and pitch are paired."""
+def _avoid_kept(rows: list, kept: list[Note], counts: Counter) -> list:
+    """The new notes, rows that begin with a channel, that do not disturb how the kept notes of their channel and pitch
+    are paired."""
     held: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
     for note in kept:
         held[note.channel, note.pitch].append((note.onset, note.end))
     for spans in held.values():
         spans.sort()
     result = []
-    for number, onset, duration, pitch, velocity in rows:
-        spans = held.get((parts[number].channel, pitch), [])
+    for channel, onset, duration, pitch, velocity in rows:
+        spans = held.get((channel, pitch), [])
         if any(start <= onset < max(end, start + 1) for start, end in spans):
             counts["held_dropped"] += 1
             continue
@@ -218,7 +228,7 @@ def _avoid_kept(rows: list, kept: list[Note], parts: list[Part], counts: Counter
         if after < len(spans) and spans[after][0] < onset + duration:
             counts["overlap_cut"] += 1
             duration = spans[after][0] - onset
-        result.append((number, onset, duration, pitch, velocity))
+        result.append((channel, onset, duration, pitch, velocity))
     return result
 
 

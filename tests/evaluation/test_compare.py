@@ -14,7 +14,7 @@ from meloformer.config import PreprocessConfig
 from meloformer.data.preprocess import preprocess
 from meloformer.errors import UserError
 from meloformer.evaluation.command import run
-from meloformer.evaluation.compare import BAND, HALVES, Measured, bands, halves, overlapped_area
+from meloformer.evaluation.compare import BAND, HALVES, Measured, bands, compare, halves, overlapped_area
 from meloformer.evaluation.music import load_music
 from meloformer.evaluation.report import histogram, line_chart
 from meloformer.midi import write_midi
@@ -142,6 +142,36 @@ def test_music_comes_from_midi_shards_and_runs(tmp_path, capsys):
         assert sorted(zip(bars.bar, bars.code)) == sorted(zip(same.bar, same.code))
 
 
+def test_what_was_not_measured_is_not_called_inside(folders, tmp_path, capsys):
+    """Pieces of ten bars have no peaks: they stood there in green."""
+    for seed in range(4):
+        write_midi(random_score(seed, num_bars=10), tmp_path / f"{seed}.mid")
+    report = compare(EvaluateConfig(generated=str(tmp_path), reference=str(folders / "reference")))
+    peaks = [f"peaks {view}" for view in ("pitched", "drums", "tracks")]
+    assert all(report["numbers"]["generated"][key] is None for key in peaks)
+    assert set(peaks) <= set(report["not_measured"]["generated"])
+    assert not set(report["outside"]["generated"]) & set(report["not_measured"]["generated"])
+    page, shown = (tmp_path / "report.html").read_text(), capsys.readouterr().out
+    (row,) = re.findall(r"<tr><td>similarity peaks, %, pitched tracks together</td>.*?</tr>", page)
+    assert "<td class='not'>not measured</td>" in row and "inside" not in row
+    assert all(line.endswith(" ?") for line in shown.splitlines() if line.startswith("peaks"))
+    assert "? not measured: too few pieces" in shown and "class='inside'>inside" in page
+    # the other way round: the real pieces are too short for a band
+    swapped = EvaluateConfig(generated=str(folders / "reference"), reference=str(tmp_path), output=str(tmp_path))
+    report = compare(swapped)
+    assert set(peaks) <= set(report["not_measured"]["generated"])
+
+
+def test_a_file_that_cannot_be_read_is_left_out_whatever_the_limit(tmp_path, capsys):
+    """It ended the evaluation where pieces are chosen by content. A link to nowhere is unreadable for root too."""
+    for seed in range(3):
+        write_midi(small_score(seed), tmp_path / f"{seed}.mid")
+    (tmp_path / "a.mid").symlink_to(tmp_path / "gone.mid")
+    for limit, pieces in ((None, 3), (3, 2)):
+        assert len(load_music(str(tmp_path), "train", limit)) == pieces
+        assert "left out" in capsys.readouterr().out
+
+
 def test_refusals_are_one_line(folders, tmp_path):
     generated, reference = str(folders / "generated"), str(folders / "reference")
     preprocess(PreprocessConfig(input=reference, output=str(tmp_path / "fine"), resolution=48))
@@ -162,5 +192,7 @@ def test_refusals_are_one_line(folders, tmp_path):
         run(EvaluateConfig(generated=generated, reference=str(tmp_path / "few")))
     with pytest.raises(UserError, match="no such folder"):
         run(EvaluateConfig(generated=generated, reference=reference, output=str(tmp_path / "none")))
+    with pytest.raises(UserError, match=r"--generated .*nosuch: no such folder"):  # --output was said, and not given
+        run(EvaluateConfig(generated=str(tmp_path / "nosuch"), reference=reference))
     with pytest.raises(UserError, match="gone: no such folder"):
         run(EvaluateConfig(generated=generated, reference=str(tmp_path / "gone")))

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from meloformer.command_config import EvaluateConfig
-from meloformer.config import ModelConfig
+from meloformer.config import DataConfig, ModelConfig, PreprocessConfig
 from meloformer.data import Corpus
+from meloformer.data.preprocess import preprocess
 from meloformer.errors import UserError
 from meloformer.evaluation.command import run
 from meloformer.evaluation.obedience import Window, compare, draw_windows, half_chords, measure, report
@@ -19,7 +20,9 @@ from meloformer.generation.request import ConstrainedState
 from meloformer.hid import Tokenizer
 from meloformer.hid.conditions import chord_name, derive, insert
 from meloformer.hid.controls import CONDITIONS
-from meloformer.midi import Score, Track, note_table
+from meloformer.hid.tokenizer import reorder_tracks
+from meloformer.midi import Score, Track, note_table, write_midi
+from meloformer.midi.score import DRUMS
 from meloformer.model import MeloFormer
 from meloformer.training.loop import train
 from tests.hid.streams import VOCABULARY
@@ -85,6 +88,33 @@ def test_windows_are_held_out_and_every_other_one_is_an_end(config):
     assert all(2 <= w.score.num_bars <= 8 for w in windows)
     again = draw_windows(corpus, config.data, 6, 300, 0, "validation")
     assert all(a.score == b.score for a, b in zip(windows, again))
+
+
+def test_a_model_that_writes_what_is_asked_for_is_not_a_bin_off(tmp_path):
+    """A low guitar is a bass to the encoder and sorts before program 34, which a request cannot know: it writes the
+    bass first. Part by part, the bass's polyphony was then held against the guitar's."""
+    rows = []
+    for beat in range(48):
+        rows += [(0, 480 * beat, 400, pitch, 80) for pitch in (30, 35, 40)]
+        rows += [(1, 480 * beat, 400, 33, 80), (2, 480 * beat, 200, 38, 80)] if beat % 2 else []
+    (tmp_path / "midi").mkdir()
+    for seed in range(2):
+        write_midi(Score(480, [Track(30), Track(34), Track(0, True)], note_table(rows)), tmp_path / f"midi/{seed}.mid")
+        rows.append((0, 0, 100, 50 + seed, 80))
+    preprocess(PreprocessConfig(input=str(tmp_path / "midi"), output=str(tmp_path / "shards")))
+    corpus = Corpus(tmp_path / "shards")
+    data = DataConfig(data_dir=str(tmp_path / "shards"), validation_fraction=0.5, max_seq_len=2000)
+    piece = Tokenizer(corpus.vocabulary).decode(corpus.piece(0))
+    assert piece.instruments.tolist() == [DRUMS, 30, 34]  # the encoder's order: the guitar is low
+    windows = draw_windows(corpus, data, 2, 2000, 0, "train")
+    samples = []
+    for one in windows:
+        places = one.score.instruments.tolist()
+        written = [places.index(instrument) for instrument in one.request(KNOWN).ordered_instruments()]
+        assert [places[i] for i in written] == [DRUMS, 34, 30]
+        samples.append([reorder_tracks(one.score, np.array(written))])  # the very notes, in the order of the request
+    table = compare(samples, windows, KNOWN)
+    assert table["role"]["asked"] == 1 and table["polyphony"]["asked"] == table["track_density"]["asked"] == 0
 
 
 def test_a_model_that_learnt_nothing_closes_no_gap(config):

@@ -52,6 +52,12 @@ def test_every_instrument_has_its_colour_and_drums_their_lane(tmp_path):
         assert share_of(picture, colour) > 1.2 * share_of(without, colour)
 
 
+def test_a_title_is_no_formula(tmp_path):
+    """A file of this name ended the run with a traceback of matplotlib's reader of formulas."""
+    piano_roll(band(2), tmp_path / "roll.png", "cash_$_and_$_more")
+    assert (tmp_path / "roll.png").exists()
+
+
 def test_a_soft_note_is_paler(tmp_path):
     piano_roll(band(8, velocity=127), tmp_path / "loud.png")
     piano_roll(band(8, velocity=20), tmp_path / "soft.png")

@@ -22,6 +22,7 @@ from meloformer.generation.sampling import choose
 from meloformer.generation.sound import Synthesizer
 from meloformer.hid import Tokenizer
 from meloformer.midi import Score, Track, note_table, read_score, write_midi
+from meloformer.report import earlier_runs
 from tests.hid.streams import VOCABULARY
 from tests.model.music import tiny_model
 from tests.training.small import small_score
@@ -169,6 +170,21 @@ def test_the_command_writes_midi_pictures_and_a_report(checkpoint, tmp_path, cap
     with pytest.raises(UserError, match="there already"):
         run(config(checkpoint, tmp_path))
     assert (out / "seed0_000.mid").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "runs", ["3", "{}", '{"runs": {}}', '{"runs": [{}]}', '{"runs": [{"samples": [{"file": 1}]}]}']
+)
+def test_a_report_of_another_program_is_refused(tmp_path, runs):
+    """A run without samples was a KeyError."""
+    (tmp_path / "generation.json").write_text(runs)
+    with pytest.raises(UserError, match=r"generation.json is not this program's: choose another --output"):
+        earlier_runs(tmp_path)
+    (tmp_path / "generation.json").unlink()
+    assert earlier_runs(tmp_path) == []
+    (tmp_path / "generation.json").mkdir()
+    with pytest.raises(UserError, match=r"generation.json: cannot be read"):
+        earlier_runs(tmp_path)
 
 
 def test_prompts_of_one_name_do_not_write_over_each_other():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 
 from meloformer.errors import UserError
 from meloformer.generation import Request, Sampling, generate
+from meloformer.generation.command import _is_new
 from meloformer.generation.prompt import (
     Prompt,
     accompaniment,
@@ -24,9 +27,10 @@ from meloformer.generation.steering import Part, Steering
 from meloformer.hid import Family, Tokenizer
 from meloformer.hid.controls import CONDITIONS
 from meloformer.midi import DRUMS, MidiError, Score, Track, note_table, read_score, write_midi
+from meloformer.midi.merge import MidiSource
 from tests.hid.streams import VOCABULARY
 from tests.midi.real_files import readable_sample
-from tests.midi.test_merge import timed_events
+from tests.midi.test_merge import band, timed_events
 from tests.model.music import tiny_model
 
 TOKENIZER = Tokenizer(VOCABULARY)
@@ -121,6 +125,8 @@ def test_a_long_prompt_is_read_through_a_window_and_says_so(prompt):
     assert continuation(prompt, 2, 4000, prompt_bars=3).first_bar == 3
     with pytest.raises(UserError, match=r"song.mid: a bar of it and 2 new ones of 4 tracks need about"):
         continuation(prompt, 2, 100)
+    with pytest.raises(UserError, match="need over 4000000000000000000 tokens, max_length is 100; ask for fewer"):
+        continuation(prompt, 10**18, 100)  # every cell was listed first, which did not end
 
     cells = find_cells(prompt, [("drums", 4, 4)])
     near = rewriting(prompt, cells, len(rewriting(prompt, cells, 4000).request.given) - 20)
@@ -204,6 +210,26 @@ def test_new_parts_stand_beside_the_given_ones(prompt, tmp_path):
     assert alone.meters.tolist() == prompt.source.score.meters.tolist()
 
 
+def test_what_is_new_is_told_where_a_part_shares_its_channel(tmp_path):
+    """The file uses every channel, so a trumpet joins the horns' and reads as one: its notes were drawn as old ones."""
+    band(tmp_path / "full.mid", channels=range(16))
+    prompt = Prompt(tmp_path / "full.mid", VOCABULARY)
+    for task in (
+        accompaniment(prompt, [56], 900, prompt_bars=1),
+        rewriting(prompt, frozenset({(2, 0), (3, 1)}), 900),
+    ):
+        sample = one_sample(task)
+        for only_new in (False, True):
+            counts = task.write(sample, tmp_path / "out.mid", only_new)
+            new = task.new_notes(sample)
+            written = MidiSource(tmp_path / "out.mid")
+            is_new = _is_new(written, task, only_new)
+            assert is_new.sum() == len(new) - counts["held_dropped"] - counts["duplicate_dropped"] > 0
+            found = written.score.notes[is_new][["onset", "pitch"]].tolist()
+            assert not Counter(found) - Counter(new[["onset", "pitch"]].tolist())
+            assert counts["channel_shared"] == len(task.instruments) and (is_new.all() or not only_new)
+
+
 def test_a_piece_anew_has_the_prompts_form_and_none_of_its_notes(song, tmp_path):
     prompt = Prompt(song, VOCABULARY, CONDITIONS)
     task = anew(prompt, 900)
@@ -236,6 +262,19 @@ def test_a_piece_anew_may_be_shorter(prompt):
         anew(prompt, 900, bars=7)
     told = anew(prompt, 900, steering=Steering(parts=[Part(33, density=9)]))
     assert list(told.request.steering.parts) == [Part(33, density=9)]
+
+
+def test_a_piece_anew_takes_several_chords_and_densities(prompt):
+    """The search for the bars that fit began at one bar, and there four chords were always too many."""
+    four = Steering(chords="Am F C G", bar_density=[1, 2, 3])
+    text = TOKENIZER.text(anew(prompt, 900, steering=four).request.given)
+    assert text.count("CHORD_") == 6 and text.count("BAR_DENSITY_") == 6  # begun again until the sixth bar
+    small = anew(prompt, 240, steering=four)
+    assert small.cells == 16 and "first 4 of 6 bars" in small.note
+    with pytest.raises(UserError, match=r"4 bars of 4 new parts need about .* fewer chords"):
+        anew(prompt, 100, steering=four)
+    with pytest.raises(UserError, match="chords has 4, and there are 3 bars"):
+        anew(prompt, 900, bars=3, steering=four)
 
 
 @given(st.data())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -186,7 +187,10 @@ def test_parts_are_found_by_their_instruments():
         ({"chords": " "}, "chords is empty"),
         ({"chords": "A B C D E"}, "chords has 5, and there are 4 bars"),
         ({"chords": "A B C", "chord_bars": 2}, "chords has 3 of 2 bars each, and there are 4 bars"),
-        ({"chords": "A B", "chord_bars": 0.3}, "chord_bars is 0.3, must be a multiple of 0.5"),
+        *(
+            ({"chords": "A B", "chord_bars": bars}, rf"chord_bars is {re.escape(str(bars))}, must be a multiple of 0.5")
+            for bars in (0.3, 0.0, -1.0, 1e308, float("inf"), float("nan"))  # 1e308 was an OverflowError
+        ),
         (
             {"chords": "A B", "chord_bars": 0.5, "meter": (3, 4)},
             "chord_bars is 0.5, which splits bars",
@@ -211,6 +215,13 @@ def test_what_cannot_be_asked_for_is_one_line(steering, message):
     with pytest.raises(UserError, match=message) as caught:
         ConstrainedState(VOCABULARY, request, 500, TAGS)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("request_", [Request(10**18), Request(steering=Steering(chords="A B", chord_bars=1000))])
+def test_more_bars_than_tokens_are_refused_at_once(request_):
+    """They were gone through one by one, and a billion of them gave no answer."""
+    with pytest.raises(UserError, match=r"max_length is 500, and \d+ bars of 1 instruments need at least \d+ tokens"):
+        ConstrainedState(VOCABULARY, request_, 500)
 
 
 def test_a_model_is_asked_only_for_what_it_was_trained_with():
@@ -450,6 +461,24 @@ def test_bars_between_rewritten_ones_keep_their_chords(song):
     assert "CHORD_F#_maj" in bars[1][0] and "CHORD_B_maj" in bars[1][3]
     assert "CHORD" in bars[1][1] and "F#" not in bars[1][1]
     assert [bar.split() for bar in bars[1][1:3]] == [bar.split() for bar in bars[0][1:3]]
+
+
+def test_a_description_finds_its_track_where_another_is_silent(tmp_path):
+    """Only the tracks that sound in the window were looked through: the bass of bars 1 and 2 was not there for a piano
+    rewritten in bar 3, and what was said of the first violin went to the second."""
+    rows = [(track, 96 * bar, 90, 50 + track, 80) for track in (0, 3) for bar in range(3)]
+    rows += [(track, 96 * bar, 90, 20 * track + 20, 80) for track in (1, 2) for bar in range(2)]
+    write_midi(Score(24, [Track(0), Track(33), Track(40), Track(40)], note_table(rows)), tmp_path / "song.mid")
+    prompt = Prompt(tmp_path / "song.mid", VOCABULARY)
+    assert prompt.score.instruments.tolist() == [33, 0, 40, 40] and prompt.track_of == [1, 0, 2, 3]
+    steering = Steering(parts=[Part(33, density=4), Part(40, density=7), Part(0, density=2)])
+    near, tracks = prompt.stream(2, 3, frozenset({(1, 2)}), steering)
+    assert tracks == [1, 3] and "INSTRUMENT_0 DENSITY_2 BAR MASK INSTRUMENT_40 BAR" in TOKENIZER.text(near)
+    text = text_of(rewriting(prompt, frozenset({(1, 2)}), 900, steering))
+    assert "INSTRUMENT_33 DENSITY_4 BAR" in text and "INSTRUMENT_40 DENSITY_7 BAR" in text
+    assert text.count("INSTRUMENT_40") == 2 and text.count("DENSITY_7") == 1
+    with pytest.raises(UserError, match="a track of Flute is described"):
+        rewriting(prompt, frozenset({(1, 2)}), 900, Steering(parts=[Part(73, density=4)]))
 
 
 def test_an_end_is_not_asked_for_where_the_piece_goes_on(song):

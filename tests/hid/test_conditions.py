@@ -78,6 +78,7 @@ def test_other_spellings():
     assert {parse_key(text) for text in ("A minor", "Am", "a min", "a moll", "A  Minor")} == {21}
     assert {parse_key(text) for text in ("Db", "C# major", "c#", "D♭ maj")} == {1}
     assert parse_key("Cb") == 11 and parse_key("B#") == 0
+    assert [parse_key(text) for text in ("CM", "Cm", "A M", "f#M")] == [0, 12, 9, 6]  # CM was C minor
     spelled = {"CM7": "Cmaj7", "Cmin7": "Cm7", "C-": "Cm", "C+": "Caug", "Co": "Cdim", "Csus": "Csus4", "N.C.": "N"}
     assert all(parse_chord(text) == parse_chord(name) for text, name in spelled.items())
 

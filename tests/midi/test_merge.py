@@ -150,6 +150,24 @@ def test_kept_notes_stay_whole(source, tmp_path):
         assert not set(source.score.notes.tolist()) - set(read(out).notes.tolist())
 
 
+def test_two_kits_of_one_track_share_their_channel(tmp_path):
+    """They are two parts on channel 10, and overlaps were looked for part by part: each pair of events here was written
+    twice, and a reader ended the first note with what was meant for the second."""
+    drums = mido.MidiTrack()
+    for kit in (0, 25):
+        drums.append(mido.Message("program_change", channel=9, program=kit))
+        drums += [mido.Message(f"note_{what}", channel=9, note=38, velocity=9, time=48) for what in ("on", "off")]
+    band(tmp_path / "kits.mid", channels=(0,), extra=[drums])
+    source = MidiSource(tmp_path / "kits.mid")
+    assert [part.channel for part in source.parts] == [0, 9, 9]
+    notes = note_table([(1, 960, 20, 36, 70), (2, 960, 30, 36, 71), (1, 1056, 96, 42, 72), (2, 1080, 20, 42, 73)])
+    out = tmp_path / "out.mid"
+    assert merge_midi(source, out, notes) == Counter(duplicate_dropped=1, overlap_cut=1)
+    expected = [(DRUMS, 960, 30, 36, 71), (DRUMS, 1056, 24, 42, 72), (DRUMS, 1080, 20, 42, 73)]
+    assert new_notes(out, source) == expected
+    assert not list((timed_events(source.path)[2] - timed_events(out)[2]).elements())
+
+
 def test_a_single_track_file_gets_company(tmp_path):
     """Type 0 holds one track: with a new instrument the file becomes type 1."""
     file = mido.MidiFile(type=0, ticks_per_beat=96)

@@ -25,8 +25,8 @@ def test_the_picture_of_any_rule_is_drawn_with_its_share(config, tmp_path):
 
 
 def test_the_command_draws_a_file(tmp_path, monkeypatch, capsys):
-    write_midi(Tokenizer(VOCABULARY).decode(rich_stream(2, 400)), tmp_path / "song.mid")
-    arguments = [str(tmp_path / "song.mid"), "--output", str(tmp_path / "mask.png")]
+    write_midi(Tokenizer(VOCABULARY).decode(rich_stream(2, 400)), tmp_path / "cash_$_and_$_.mid")
+    arguments = [str(tmp_path / "cash_$_and_$_.mid"), "--output", str(tmp_path / "mask.png")]
     monkeypatch.setattr(sys, "argv", ["show_mask", *arguments, "--bars", "2"])
     show_mask.main()
     assert "of causal attention's blocks visited" in capsys.readouterr().out

@@ -4,7 +4,8 @@
 (21, 'A minor', 54, 'F#m7', 1)
 
 A number is the value inside its token family: keys 0..11 major and 12..23 minor from C upwards, chords 8 x root +
-quality and 96 for none. The surprise: an upper and a lower case letter differ in one place only, "M7" and "m7".
+quality and 96 for none. The surprise: a mode or quality may be written in capitals in a key and not in a chord, but for
+"M" and "m" ("CM", "Cm", "CM7", "Cm7"), which are major and minor in both.
 """
 
 from __future__ import annotations
@@ -46,11 +47,11 @@ def key_name(key: int) -> str:
 def parse_key(text: str) -> int:
     """Number of a key such as "A minor", "Am", "Bb" or "F# major"; UserError that names the nearest for others.
 
-    >>> [parse_key(text) for text in ("C", "a min", "Bb", "db major", "Ebm")]
-    [0, 21, 10, 1, 15]
+    >>> [parse_key(text) for text in ("C", "a min", "Bb", "db major", "Ebm", "EbM")]
+    [0, 21, 10, 1, 15, 3]
     """
     root, rest = _root(text.strip()[:1].upper() + text.strip()[1:])
-    mode = _MODES.get(rest.strip().lower())
+    mode = 0 if rest.strip() == "M" else _MODES.get(rest.strip().lower())
     if root is None or mode is None:
         names = [key_name(key) for key in range(NUM_KEYS)]
         raise UserError(f'key {text!r}: a pitch with "major" or "minor" is accepted{_nearest(text, names)}')
