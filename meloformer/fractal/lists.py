@@ -11,7 +11,6 @@ The surprise: a file that cannot be read, or has too few notes to be music, is i
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from meloformer.command_line import Parser
 from meloformer.config import DataConfig, PreprocessConfig
 from meloformer.data.clusters import cluster
 from meloformer.data.encoder import Encoder, Rejected
@@ -64,7 +64,7 @@ def write_lists(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m meloformer.fractal.lists", description="Lists of MIDI files to train on and to hold out."
     )
     parser.add_argument("--input", required=True, help="folder of MIDI files, or a text file with one path a line")

@@ -23,12 +23,12 @@ The surprise: much of a real file is lost in a roll, nothing of a roll is lost i
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from meloformer.command_line import Parser
 from meloformer.errors import UserError, exit_cleanly
 from meloformer.midi import MidiError, Score, Track, note_table, read_score, write_midi
 from meloformer.midi.score import DEFAULT_METER, DEFAULT_QPM
@@ -175,7 +175,7 @@ def midi_paths(arguments: list[str]) -> list[Path]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m meloformer.fractal.roll", description="What MIDI files lose on the way into a piano roll."
     )
     parser.add_argument("paths", nargs="+", metavar="FILE_OR_FOLDER")

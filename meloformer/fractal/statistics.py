@@ -15,12 +15,12 @@ is that as many of them lie inside as of other real ones.
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
 import numpy as np
 
+from meloformer.command_line import Parser
 from meloformer.errors import UserError, exit_cleanly
 from meloformer.files import write_atomic
 from meloformer.fractal.dataset import read_list
@@ -124,7 +124,7 @@ def read_real(path: Path, width: int, flag: str = "real") -> list[np.ndarray]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m meloformer.fractal.statistics", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m meloformer.fractal.statistics", description=__doc__.split("\n")[0])
     parser.add_argument("--generated", type=Path, required=True, help="folder of generated .mid files")
     parser.add_argument("--real", type=Path, required=True, help="text file of held-out MIDI files, one path a line")
     parser.add_argument("--control", type=Path, help="text file of other real MIDI files (default: none)")

@@ -11,13 +11,13 @@ The surprise: the left picture is made by the element rule on the tokens of thos
 
 from __future__ import annotations
 
-import argparse
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from meloformer.command_line import Parser
 from meloformer.config import ModelConfig
 from meloformer.errors import UserError, exit_cleanly
 from meloformer.files import write_atomic
@@ -147,7 +147,7 @@ def _draw_blocks(ax, rule: AttentionRule, row: dict[str, np.ndarray]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m meloformer.model.show_mask", description="Draw what sees what in a piece, and its blocks."
     )
     parser.add_argument("midi", help="a MIDI file")

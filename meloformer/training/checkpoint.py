@@ -221,21 +221,26 @@ def check(folder: Path) -> None:
     """CheckpointError, naming the file, where a single byte of a checkpoint is missing or not what was written."""
     state = read_state(folder)
     expected = state.get("sha256")
-    if isinstance(expected, dict) and expected.keys() == {MODEL, STATE}:
+    if isinstance(expected, dict) and {MODEL, STATE} <= expected.keys() and OPTIMIZER not in expected:
         raise CheckpointError(f"{folder}: an exported model, without its optimizer; begin from it with --init_from")
-    if not isinstance(expected, dict) or not {MODEL, OPTIMIZER, STATE} <= expected.keys():
-        raise CheckpointError(f"{folder / STATE}: names no checksums; resume from another checkpoint")
-    for name, sha256 in expected.items():
+    names = {MODEL, OPTIMIZER, STATE, *(expected if isinstance(expected, dict) else ())}
+    compare(folder, state, names, "resume from another checkpoint, or let --resume auto choose")
+
+
+def compare(folder: Path, state: dict, names: set[str], remedy: str) -> None:
+    """CheckpointError, naming the file, where one of these is missing, not what was written, or has no checksum."""
+    expected = state.get("sha256")
+    if not isinstance(expected, dict) or not names <= expected.keys():
+        raise CheckpointError(f"{folder / STATE}: names no checksums; {remedy}")
+    for name in sorted(names):
+        sha256 = expected[name]
         try:
             found = state_checksum(state) if name == STATE else checksum(folder / name)
         except OSError as error:
-            raise CheckpointError(
-                f"{folder / name}: unreadable ({error.strerror}); resume from another checkpoint"
-            ) from None
+            raise CheckpointError(f"{folder / name}: unreadable ({error.strerror}); {remedy}") from None
         if found != sha256:
             raise CheckpointError(
-                f"{folder / name}: damaged (sha256 {found[:12]}, {sha256[:12]} was written); "
-                "resume from another checkpoint, or let --resume auto choose"
+                f"{folder / name}: damaged (sha256 {found[:12]}, {sha256[:12]} was written); {remedy}"
             )
 
 
