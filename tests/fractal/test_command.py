@@ -167,6 +167,7 @@ def test_what_an_earlier_run_wrote_is_not_written_over(config):
         ({"num_iter_list": [0, 1, 1]}, r"num_iter_list is \[0, 1, 1\], must be numbers from 1 on"),
         ({"num_iter_list": [4]}, r"--num_iter_list 4: 1 numbers, and .* has 3 levels; give 3, or 4"),
         ({"temperature": -1.0}, r"temperature is -1.0, must be at least 0"),
+        ({"seed": 2**63}, r"seed is 9223372036854775808, must be from 0 to 2\*\*63 - 1"),
         ({"velocity_threshold": 128}, r"velocity_threshold is 128, must be from 0 to 127"),
         ({"mode": "conditional"}, r"--mode conditional needs a MIDI file; give --prompt"),
         ({"prompt": "SONG"}, r"--prompt goes with --mode conditional or inpainting, and the mode is unconditional"),
