@@ -297,6 +297,18 @@ def test_other_data_is_refused(make_config, monkeypatch):
         train(config)
 
 
+def test_pieces_that_are_all_skipped_name_the_setting_that_skips_them(make_config):
+    with pytest.raises(UserError, match=r"no music is left to train on: \d+ bars that alone exceed max_seq_len are"):
+        train(make_config(max_steps=1, data={"max_seq_len": 16, "max_segments": 128}))
+
+
+def test_conditions_that_the_data_does_not_have_cannot_be_predicted(make_config, monkeypatch):
+    """The run went to its end, and the model had learnt none."""
+    monkeypatch.setattr(Corpus, "has_conditions", False)
+    with pytest.raises(UserError, match=r"predict_conditions is key,chords, and .*shards was preprocessed with --no-c"):
+        train(make_config(max_steps=1, data={"predict_conditions": ["key", "chords"]}))
+
+
 def test_missing_data_leaves_nothing_behind(make_config, tmp_path):
     config = make_config(max_steps=1)
     config.data.data_dir = str(tmp_path / "nowhere")
