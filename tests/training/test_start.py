@@ -96,7 +96,7 @@ def test_the_last_save_of_a_job_that_was_requeued_is_seen(finished, monkeypatch,
 
 
 def test_a_run_that_began_meanwhile_is_not_begun_again(finished, make_config, monkeypatch):
-    config, checkpoints = finished
+    _, checkpoints = finished
     new = make_config("new", max_steps=6, resume="auto")
     in_between(monkeypatch, lambda: shutil.copytree(checkpoints, Path(new.training.output_dir) / "checkpoints"))
     with pytest.raises(UserError, match="holds a run; go on with --resume auto"):
