@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import multiprocessing
 import os
 import signal
 import sys
@@ -14,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from meloformer.training import checkpoint
+from tests.training.processes import CONTEXT
 
 
 def save(folder, step, keep_last=2, best_step=None, value=0.0, fail=None, suffix=""):
@@ -73,7 +73,7 @@ def test_saving_a_step_again_replaces_it(tmp_path):
 
 
 def save_again_and_die(folder, suffix, operation):
-    """In a process of its own: SIGKILL at the file operation number `operation` after the old folder was moved."""
+    """SIGKILL at the file operation number `operation` after the old folder was moved."""
     count = [0]
 
     def watch(event, arguments):
@@ -87,32 +87,38 @@ def save_again_and_die(folder, suffix, operation):
     save(folder, 4, keep_last=3, value=2.0, suffix=suffix)
 
 
+def save_again_and_die_everywhere(folder, suffix):
+    """Folders 0, 1, .. of `folder`, killed one operation later each; the last was not killed any more."""
+    for operation in range(60):
+        save(folder / str(operation), 2, value=0.0)
+        save(folder / str(operation), 4, value=1.0)
+        if os.fork() == 0:
+            save_again_and_die(folder / str(operation), suffix, operation)
+            os._exit(0)
+        status = os.wait()[1]
+        if status != signal.SIGKILL:
+            sys.exit(status != 0)
+
+
 @pytest.mark.parametrize("suffix", ["", "-val_loss_0.5000"])
 def test_saving_the_newest_step_again_can_be_killed_anywhere(tmp_path, suffix):
     """The folder that `latest` names was moved away before its replacement stood there; killed in between, the run
     began at 0. A validation that SIGTERM forestalled saves its step again, the second family under another name."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    seen = set()
-    for operation in range(40):
-        folder = tmp_path / str(operation)
-        save(folder, 2, value=0.0)
-        save(folder, 4, value=1.0)
-        process = context.Process(target=save_again_and_die, args=(folder, suffix, operation))
-        process.start()
-        process.join()
-        if process.exitcode == 0:
-            break
-        assert process.exitcode == -signal.SIGKILL
+    process = CONTEXT.Process(target=save_again_and_die_everywhere, args=(tmp_path, suffix))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    values = []
+    for folder in sorted(tmp_path.iterdir(), key=lambda folder: int(folder.name)):
         checkpoint.restore(folder)
         newest = checkpoint.newest(folder)
-        assert checkpoint.step_of(newest) == 4, (operation, names(folder))
+        assert checkpoint.step_of(newest) == 4, names(folder)
         checkpoint.check(newest)
-        seen.add(checkpoint.read_tensors(newest / checkpoint.MODEL)["weight"][0].item())
+        values.append(checkpoint.read_tensors(newest / checkpoint.MODEL)["weight"][0].item())
         save(folder, 6, keep_last=2)
         assert checkpoint.all_steps(folder) == [4, 6]
         assert not [name for name in names(folder) if name.startswith(".")]
-    assert operation > 5 and process.exitcode == 0 and seen == {1.0, 2.0}
+    assert len(values) > 5 and values == sorted(values) and set(values) == {1.0, 2.0}
 
 
 @pytest.mark.parametrize("broken", ["replace", "sync_directory"])
