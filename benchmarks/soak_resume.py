@@ -2,10 +2,12 @@
 
     python -m benchmarks.soak_resume --kills 100 --processes 2
 
-Half of the kills come at a random moment, half at a random file operation inside the writing of a checkpoint. What is
-compared, bit for bit: every line of metrics.jsonl (losses, gradient norms, validations), the last weights, and the
-optimizer's moments. Exit status 1 where anything differs. The model is tiny and on the CPU, with dropout, several
-epochs, a validation and a checkpoint every few steps.
+A third of the kills come at a random moment, a third at a random file operation inside the writing of a checkpoint, and
+a third are a SIGTERM in the very step of a validation, whose checkpoint the next run may write again. Each time the
+next run has to go on from the step that `latest` named: training is deterministic, so one that began at 0 again would
+end like the unbroken one too. What is compared, bit for bit: every line of metrics.jsonl (losses, gradient norms,
+validations), the last weights, and the optimizer's moments. Exit status 1 where anything differs. The model is tiny and
+on the CPU, with dropout, several epochs, a validation and a checkpoint every few steps.
 
 What surprises: a kill inside the writing is placed by an audit hook of the interpreter, which sees each file that is
 opened, renamed or removed; so no place is forgotten, and none is named here.
@@ -16,6 +18,7 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -27,11 +30,13 @@ import numpy as np
 import torch
 
 from meloformer.config import Config
-from meloformer.training import checkpoint
+from meloformer.training import checkpoint, loop
 from tests.training.processes import Run, records
 from tests.training.small import small_config, write_corpus
 
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.listdir", "os.scandir", "shutil.rmtree"}
+WAYS = ("at a moment", "at a validation", "while writing")  # in turn: the last may meet a step saved again
+MAX_STEPS, VAL_INTERVAL = 12, 5
 MOST_OPERATIONS = 60  # in three or four savings; a number beyond the run's last is no kill, and does no harm
 
 
@@ -50,26 +55,65 @@ def die_while_writing(operation: int, folder: str, rank: int) -> None:
     sys.addaudithook(watch)
 
 
+def stop_in_step(step: int, rank: int) -> None:
+    """SIGTERM to the main rank in its update number `step`; for Run's `before`."""
+    real = loop.learning_rate
+
+    def watched(done: int, *arguments: float) -> float:
+        if rank == 0 and done + 1 == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(done, *arguments)
+
+    loop.learning_rate = watched
+
+
+def committed_step(config: Config) -> int:
+    """The step that `latest` names, whether or not its folder is there; 0 without one."""
+    latest = Path(config.training.output_dir) / "checkpoints" / "latest"
+    return checkpoint.step_of(Path(latest.read_text().strip())) if latest.exists() else 0
+
+
+def begun_at(said: str) -> int | None:
+    """The step that a run says it goes on from, 0 for a new one; None where it was killed before it said anything, or
+    had nothing left to do."""
+    resumed = re.search(r"^resuming .*step_(\d+)", said, re.MULTILINE)
+    if resumed:
+        return int(resumed.group(1))
+    return 0 if re.search(r"^ *steps +\d", said, re.MULTILINE) else None
+
+
 def killed_run(config: Config, processes: int, kills: int, rng: np.random.Generator, seconds: float) -> Counter:
-    """Bring a run to its end through `kills` kills; how they fell: "at a moment", "while writing", "too late"."""
+    """Bring a run to its end through `kills` kills; how they fell: WAYS, or "too late"."""
     fallen: Counter = Counter()
     checkpoints = str(Path(config.training.output_dir) / "checkpoints")
-    while fallen["at a moment"] + fallen["while writing"] < kills:
-        how = "while writing" if rng.random() < 0.5 else "at a moment"
-        if how == "while writing":
-            operation = int(rng.integers(1, MOST_OPERATIONS))
-            codes = Run(config, processes, functools.partial(die_while_writing, operation, checkpoints)).finish()
-        else:
+
+    def ended(run: Run, step: int) -> bool:
+        """Whether it was finished; an error where it did not go on from `step`, or later if that was not committed."""
+        begun = begun_at(run.texts[0])
+        if begun is not None and begun < step:
+            raise RuntimeError(f"latest named step {step}, and the next run began at {begun}: {run.texts[0]}")
+        return all(code == 0 for code in run.codes) and "SIGTERM: saved" not in run.texts[0]
+
+    while (done := sum(fallen[way] for way in WAYS)) < kills:
+        how, step = WAYS[done % len(WAYS)], committed_step(config)
+        if how == "at a moment":
             run = Run(config, processes)
             time.sleep(rng.uniform(0.05, 0.8 * seconds))
             run.kill()
-            codes = run.codes
-        finished = all(code == 0 for code in codes)
+        else:
+            place = functools.partial(die_while_writing, int(rng.integers(1, MOST_OPERATIONS)), checkpoints)
+            if how == "at a validation":
+                place = functools.partial(stop_in_step, min((step // VAL_INTERVAL + 1) * VAL_INTERVAL, MAX_STEPS))
+            run = Run(config, processes, place)
+            run.finish()
+        finished = ended(run, step)
         fallen["too late" if finished else how] += 1
         if finished:  # begin again, so that each kill meets a run with something left to do
             forget(config)
-    codes = Run(config, processes).finish()
-    if codes != [0] * processes:
+    step = committed_step(config)
+    run = Run(config, processes)
+    codes = run.finish()
+    if not ended(run, step):
         raise RuntimeError(f"the run could not be brought to its end: {codes}")
     return fallen
 
@@ -92,7 +136,13 @@ def differences(one: Config, other: Config) -> list[str]:
 
 def soak(folder: Path, corpus: Path, processes: int, kills: int, seed: int) -> tuple[Counter, list[str]]:
     """(how the kills fell, what differs) of one unbroken and one killed run in `folder`."""
-    given = {"max_steps": 12, "save_interval": 2, "val_interval": 5, "batch_size": 2 // processes, "resume": "auto"}
+    given = {
+        "max_steps": MAX_STEPS,
+        "save_interval": 2,
+        "val_interval": VAL_INTERVAL,
+        "batch_size": 2 // processes,
+        "resume": "auto",
+    }
     straight, killed = (small_config(corpus, folder / name, **given) for name in ("straight", "killed"))
     started = time.monotonic()
     codes = Run(straight, processes).finish()

@@ -93,9 +93,10 @@ class GenerateConfig(Settings):
             value = getattr(self, name)
             self.require(value is None or value >= 1, name, value, "at least 1", "see --help for the default")
         families = ("time", "pitch", "duration", "velocity")
-        for name in ("temperature", "top_k", "seed", *(f"temperature_{family}" for family in families)):
+        for name in ("temperature", "top_k", *(f"temperature_{family}" for family in families)):
             value = getattr(self, name)
             self.require(value is None or value >= 0, name, value, "at least 0", "see --help for the default")
+        self.require_seed("seed", self.seed)
         self._validate_task()
         tempo = self.tempo
         self.require(

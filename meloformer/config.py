@@ -166,6 +166,8 @@ class DataConfig(Settings):
         require = self.require
         for name in self.predict_conditions or ():
             require(name in CONDITIONS, "data.predict_conditions", name, ", ".join(CONDITIONS), "leave the others out")
+            remedy = f"raise --{name}_probability" if self.bare_probability < 1 else "lower --bare_probability"
+            require(name in self.given_conditions(), "data.predict_conditions", name, "one that is ever given", remedy)
         require(self.data_dir != "", "data.data_dir", "", "a folder", "give --data_dir")
         require(self.max_seq_len >= 16, "data.max_seq_len", self.max_seq_len, "at least 16", "24576 is the default")
         require(self.max_segments >= 1, "data.max_segments", self.max_segments, "at least 1", "leave it out")

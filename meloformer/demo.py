@@ -9,13 +9,13 @@ The surprise: it measures nothing itself. A number that is not in the files is n
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from meloformer.command_line import Parser
 from meloformer.errors import UserError, exit_cleanly
 from meloformer.midi import read_score
 
@@ -95,7 +95,7 @@ def summary(run: Path, generated: Path) -> str:
 
 def print_page(module: str, description: str, summary: Callable[[Path, Path], str]) -> None:
     """The command line of a demo's last page."""
-    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
+    parser = Parser(prog=f"python -m {module}", description=description)
     parser.add_argument("run", type=Path, help="folder of the run, with evaluation.json")
     parser.add_argument("generated", type=Path, help="folder of what was generated")
     arguments = parser.parse_args()

@@ -12,17 +12,20 @@ where it says that the data lies.
 
 from __future__ import annotations
 
-import argparse
+import hashlib
 import json
 from pathlib import Path
 
 import torch
 from safetensors.torch import save
 
+from meloformer.command_line import Parser
 from meloformer.errors import UserError, exit_cleanly
-from meloformer.files import make_folder, write_atomic
+from meloformer.files import checksum, make_folder, write_atomic
 from meloformer.pretrained import CONFIG, WEIGHTS, find_pretrained
-from meloformer.training.checkpoint import MODEL, STATE, checksum, read_state, read_tensors, state_checksum
+from meloformer.training.checkpoint import MODEL, STATE, compare, read_state, read_tensors, state_checksum
+
+SHORTEST = 16  # tokens: as data.max_seq_len
 
 
 def export(
@@ -32,12 +35,16 @@ def export(
     data_dir: str | None = None,
     max_seq_len: int | None = None,
 ) -> int:
-    """Write the folder; returns the bytes of its weights. UserError where there is no checkpoint of a run, or where the
-    folder holds a model already."""
+    """Write the folder; returns the bytes of its weights. UserError where there is no checkpoint of a run, where it is
+    damaged, or where the folder holds a model already."""
+    if max_seq_len is not None and max_seq_len < SHORTEST:
+        raise UserError(f"--max_seq_len is {max_seq_len}, must be at least {SHORTEST}; leave it out for a training row")
     source, output = find_pretrained(checkpoint), Path(output)
     state = read_state(source)
     if (output / CONFIG).exists():
         raise UserError(f"--output {output}: holds a model already; remove it first, or give another folder")
+    ours = {MODEL, STATE, *({CONFIG} & state.get("sha256", {}).keys())}  # older exports have no config's
+    compare(source, state, ours, "take another checkpoint")  # before the damage is given checksums of its own
     tensors = read_tensors(source / WEIGHTS)
     if half:
         tensors = {name: t.to(torch.bfloat16) if t.is_floating_point() else t for name, t in tensors.items()}
@@ -55,7 +62,7 @@ def export(
         config = json.dumps({**about, "max_seq_len": max_seq_len}, indent=1).encode()
     make_folder(output)
     write_atomic(output / WEIGHTS, save(tensors))
-    state["sha256"] = {MODEL: checksum(output / WEIGHTS)}
+    state["sha256"] = {MODEL: checksum(output / WEIGHTS), CONFIG: hashlib.sha256(config).hexdigest()}
     state["sha256"][STATE] = state_checksum(state)
     write_atomic(output / STATE, json.dumps(state, indent=1).encode())
     write_atomic(output / CONFIG, config)  # last: a folder with it is whole
@@ -63,7 +70,7 @@ def export(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m meloformer.export", description="A trained model without what only its training needs."
     )
     parser.add_argument("--checkpoint", required=True, help="a run (its best checkpoint is taken) or one checkpoint")

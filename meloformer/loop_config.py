@@ -56,7 +56,9 @@ class LoopConfig(Settings):
     save_interval: int = option(500, "steps between checkpoints")
     keep_last: int = option(3, "checkpoints kept besides the best")
     log_interval: int = option(10, "steps between lines of metrics.jsonl")
-    fast_dev_run: bool = option(False, "three steps and all that comes with them, in a folder that is removed again")
+    fast_dev_run: bool = option(
+        False, "three steps, a validation, a checkpoint, and a sample if the run would write any; nothing is kept"
+    )
 
     def __post_init__(self):
         if self.min_lr is None:
@@ -75,10 +77,11 @@ class LoopConfig(Settings):
         for name in ("learning_rate", "max_grad_norm"):
             value = getattr(self, name)
             self.require(value > 0, f"training.{name}", value, "above 0", "see --help for the default")
-        not_negative = ("min_lr", "warmup_steps", "weight_decay", "seed", "num_workers", "patience")
+        not_negative = ("min_lr", "warmup_steps", "weight_decay", "num_workers", "patience")
         for name in (*not_negative, "sample_interval"):
             value = getattr(self, name)
             self.require(value >= 0, f"training.{name}", value, "at least 0", "see --help for the default")
+        self.require_seed("training.seed", self.seed)
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             self.require(0 <= value < 1, f"training.{name}", value, "from 0 to below 1", "see --help for the default")

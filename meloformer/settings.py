@@ -110,6 +110,10 @@ class Settings:
         for name in _sections(type(self)):
             getattr(self, name).validate()
 
+    def require_seed(self, key: str, seed: int) -> None:
+        """UserError unless torch takes it."""
+        self.require(0 <= seed < 2**63, key, seed, "from 0 to 2**63 - 1", "0 is the default")
+
     @staticmethod
     def require(good: bool, key: str, received: Any, accepted: str, remedy: str) -> None:
         """UserError of one line unless `good`."""

@@ -277,6 +277,8 @@ def test_other_mistakes(tmp_path):
         "transpose_probability=2",
         "epochs=0",
         "learning_rate=0",
+        "seed=18446744073709551616",
+        "seed=-1",
     ],
 )
 def test_values_out_of_range_name_the_key(word):
@@ -285,7 +287,20 @@ def test_values_out_of_range_name_the_key(word):
     assert "must be" in message and (key in message or key == "n_head")
 
 
-@pytest.mark.parametrize("word", ["temperature=-1", "top_p=0", "min_p=2", "tempo=5", "bars=0"])
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        ("--bare_probability 1", "lower --bare_probability"),
+        ("--key_probability 0", "raise --key_probability"),
+    ],
+)
+def test_a_condition_that_is_never_given_cannot_be_predicted(words, remedy):
+    """The run went to its end, and the model had learnt none."""
+    message = refusal(*DATA, "--predict_conditions", "chords,key", *words.split())
+    assert message.startswith("data.predict_conditions is ") and remedy in message
+
+
+@pytest.mark.parametrize("word", ["temperature=-1", "top_p=0", "min_p=2", "tempo=5", "bars=0", f"seed={2**63}"])
 def test_generation_out_of_range(word):
     message = refusal("--checkpoint", "a", "--output", "b", word, cls=GenerateConfig)
     assert word.split("=")[0] in message

@@ -13,7 +13,6 @@ for any platform serves.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import importlib.util
 import os
@@ -28,6 +27,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from meloformer.command_line import Parser
 from meloformer.errors import UserError, exit_cleanly
 from meloformer.files import sync_directory
 from meloformer.midi import Score, Track, note_table, read_score, write_midi
@@ -276,7 +276,7 @@ def build(output: Path, corpus: str = "freedoom", wheel: Path | None = None) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m meloformer.data.demo_corpus", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m meloformer.data.demo_corpus", description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("data/demo"), help="folder to make (default: data/demo)")
     parser.add_argument("--corpus", choices=sorted(CORPORA), default="freedoom", help="which music (default: freedoom)")
     parser.add_argument("--wheel", type=Path, help=f"the wheel of {VIZDOOM}, fetched before (default: pip fetches it)")

@@ -75,7 +75,7 @@ class FractalGenerateConfig(Settings):
         require(0 <= threshold <= 127, "velocity_threshold", threshold, "from 0 to 127", "0 leaves all notes in")
         tempo = self.tempo
         require(tempo is None or 20 <= tempo <= 320, "tempo", tempo, "from 20 to 320", "leave it out")
-        require(self.seed >= 0, "seed", self.seed, "at least 0", remedy)
+        self.require_seed("seed", self.seed)
         self._validate_mode()
 
     def _validate_mode(self) -> None:

@@ -10,8 +10,9 @@ A folder's name begins with its step; a family may add how good it is (step_0000
 
 A folder is written aside (`.step_00000500.tmp`), synced, and renamed into place; then `latest` is moved to it. `latest`
 is the commit point: a folder newer than it is the rest of a save that was killed, or of a branch that was left
-by resuming further back, and the next save removes it. Text files rather than symlinks, because
-they survive every file system, archive and copy.
+by resuming further back, and the next save removes it. A step that is saved again, which a validation that was made up
+for does, stands aside meanwhile (`.step_00000500.old`), and `restore` puts it back where a kill came in between. Text
+files rather than symlinks, because they survive every file system, archive and copy.
 
 >>> newest(Path("runs/base/checkpoints"))   # doctest: +SKIP
 PosixPath('runs/base/checkpoints/step_00000500')
@@ -69,12 +70,15 @@ def all_steps(checkpoints: Path) -> list[int]:
 
 
 def read_pointer(checkpoints: Path, name: str) -> Path | None:
-    """The folder that `latest` or `best` names; None where the pointer or its folder is not there."""
+    """The folder that `latest` or `best` names, or the one of its step where that was saved again under another name;
+    None where the pointer or its folder is not there."""
     try:
         target = checkpoints / (checkpoints / name).read_text(encoding="utf-8").strip()
     except FileNotFoundError:
         return None
-    return target if step_of(target) >= 0 and target.is_dir() else None
+    if step_of(target) >= 0 and target.is_dir():
+        return target
+    return all_folders(checkpoints).get(step_of(target))
 
 
 def write_pointer(checkpoints: Path, name: str, step: int | None) -> None:
@@ -86,11 +90,14 @@ def write_pointer(checkpoints: Path, name: str, step: int | None) -> None:
 
 
 def committed(checkpoints: Path) -> list[Path]:
-    """Folders that were completely saved, newest first: those up to `latest`."""
-    latest = read_pointer(checkpoints, "latest")
-    if latest is None:
-        return []
-    return [folder for step, folder in reversed(all_folders(checkpoints).items()) if step <= step_of(latest)]
+    """Folders that were completely saved, newest first: those up to `latest`.
+
+    Where it names none that is there, a user has removed that one, or a copy lacks the pointer: then all, and `check`
+    tells the whole ones from the torn.
+    """
+    folders, latest = all_folders(checkpoints), read_pointer(checkpoints, "latest")
+    last = step_of(latest) if latest is not None else max(folders, default=-1)
+    return [folder for step, folder in reversed(folders.items()) if step <= last]
 
 
 def newest(checkpoints: Path) -> Path | None:
@@ -119,9 +126,9 @@ def save(
     target = checkpoints / name
     step, best_step = step_of(target), best_steps[0] if best_steps else None
     aside = checkpoints / f".{target.name}.tmp"
-    replaced = checkpoints / f".{target.name}.old"
     try:
         checkpoints.mkdir(parents=True, exist_ok=True)
+        restore(checkpoints)
         for left_over in checkpoints.glob(".step_*"):
             shutil.rmtree(left_over)
         aside.mkdir()
@@ -134,12 +141,15 @@ def save(
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
         sync_directory(aside)
-        if step in all_folders(checkpoints):  # newer than `latest`: nothing refers to it
-            os.replace(all_folders(checkpoints)[step], replaced)
+        before = all_folders(checkpoints).get(step)
+        if before is not None:  # `latest` may name it
+            os.replace(before, checkpoints / f".{before.name}.old")
         os.replace(aside, target)
         sync_directory(checkpoints)
         write_pointer(checkpoints, "latest", step)
         write_pointer(checkpoints, "best", best_step)
+        if before is not None:
+            remove(checkpoints / f".{before.name}.old")
         prune(checkpoints, step, keep_last, best_steps)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
@@ -147,9 +157,24 @@ def save(
             "make room and go on with --resume auto"
         ) from error
     finally:
-        for left_over in (aside, replaced):
-            shutil.rmtree(left_over, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        restore(checkpoints)
     return target
+
+
+def restore(checkpoints: Path) -> None:
+    """Put back what stood aside while its step was saved again, if that was not finished."""
+    for old in checkpoints.glob(".step_*.old"):
+        folder = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
+        if step_of(folder) not in all_folders(checkpoints):
+            os.replace(old, folder)
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint. Renamed first: what a kill leaves half removed must not look like a checkpoint."""
+    gone = folder.with_name(f".{folder.name.removeprefix('.')}.gone")
+    os.replace(folder, gone)
+    shutil.rmtree(gone)
 
 
 def prune(checkpoints: Path, step: int, keep_last: int, best_steps: list[int]) -> None:
@@ -157,10 +182,7 @@ def prune(checkpoints: Path, step: int, keep_last: int, best_steps: list[int]) -
     folders = all_folders(checkpoints)
     kept = {s for s in folders if s <= step} & {*[s for s in folders if s <= step][-keep_last:], *best_steps}
     for old in set(folders) - kept:
-        # Renamed first: a folder that is killed half removed must not look like a checkpoint.
-        gone = checkpoints / f".{folders[old].name}.gone"
-        os.replace(folders[old], gone)
-        shutil.rmtree(gone)
+        remove(folders[old])
 
 
 # --- reading --------------------------------------------------------------------------------------------------
@@ -199,21 +221,26 @@ def check(folder: Path) -> None:
     """CheckpointError, naming the file, where a single byte of a checkpoint is missing or not what was written."""
     state = read_state(folder)
     expected = state.get("sha256")
-    if isinstance(expected, dict) and expected.keys() == {MODEL, STATE}:
+    if isinstance(expected, dict) and {MODEL, STATE} <= expected.keys() and OPTIMIZER not in expected:
         raise CheckpointError(f"{folder}: an exported model, without its optimizer; begin from it with --init_from")
-    if not isinstance(expected, dict) or not {MODEL, OPTIMIZER, STATE} <= expected.keys():
-        raise CheckpointError(f"{folder / STATE}: names no checksums; resume from another checkpoint")
-    for name, sha256 in expected.items():
+    names = {MODEL, OPTIMIZER, STATE, *(expected if isinstance(expected, dict) else ())}
+    compare(folder, state, names, "resume from another checkpoint, or let --resume auto choose")
+
+
+def compare(folder: Path, state: dict, names: set[str], remedy: str) -> None:
+    """CheckpointError, naming the file, where one of these is missing, not what was written, or has no checksum."""
+    expected = state.get("sha256")
+    if not isinstance(expected, dict) or not names <= expected.keys():
+        raise CheckpointError(f"{folder / STATE}: names no checksums; {remedy}")
+    for name in sorted(names):
+        sha256 = expected[name]
         try:
             found = state_checksum(state) if name == STATE else checksum(folder / name)
         except OSError as error:
-            raise CheckpointError(
-                f"{folder / name}: unreadable ({error.strerror}); resume from another checkpoint"
-            ) from None
+            raise CheckpointError(f"{folder / name}: unreadable ({error.strerror}); {remedy}") from None
         if found != sha256:
             raise CheckpointError(
-                f"{folder / name}: damaged (sha256 {found[:12]}, {sha256[:12]} was written); "
-                "resume from another checkpoint, or let --resume auto choose"
+                f"{folder / name}: damaged (sha256 {found[:12]}, {sha256[:12]} was written); {remedy}"
             )
 
 

@@ -52,11 +52,15 @@ def describe(t: LoopConfig, family: Family, plan: Any, model: nn.Module, fixed: 
 
 
 def last_words(folder: Path, family: Family, fixed: Fixed, progress: Progress, signal_number: int) -> str:
+    dry_run = family.settings.fast_dev_run  # its folder is gone when this is read
     if signal_number and not progress.is_finished(fixed):
-        name = name_of(signal_number)
-        return f"{name}: saved at step {progress.step} of {fixed.max_steps}; go on with --resume auto"
+        where = f"at step {progress.step} of {fixed.max_steps}"
+        done = f"stopped {where}" if dry_run else f"saved {where}; go on with --resume auto"
+        return f"{name_of(signal_number)}: {done}"
     early = f", {progress.waited} validations without a better one" if progress.step < fixed.max_steps else ""
     best = ""
     if progress.best_score is not None:
         best = f"; best validation {family.score_words(progress.best_score)}, at step {progress.best_step}"
-    return f"finished {progress.step} steps{early}{best}\npython generate.py --checkpoint {folder} --output out"
+    generate = f"python generate.py --checkpoint {folder} --output out"
+    further = "leave out --fast_dev_run to train" if dry_run else generate
+    return f"finished {progress.step} steps{early}{best}\n{further}"

@@ -83,6 +83,9 @@ def train_rank(config: Settings, ranks: Ranks, held: ExitStack) -> int:
 
     # --- from the start, or from where it stopped: only the main rank need see the run's folder
 
+    locked_first = ranks.is_main and settings.resume != "never" and run.holds_a_run(folder)
+    if locked_first:  # before the start is chosen; a new run makes its folder later, once nothing can be refused
+        held.enter_context(run.locked(folder))
     settings.resume, settings.init_from = ranks.broadcast(family.begin() if ranks.is_main else None)
     start = run.find_start(folder, settings.resume) if ranks.is_main else None
     found = ranks.broadcast({"folder": str(start), **checkpoint.read_state(start)} if start else None)
@@ -123,12 +126,11 @@ def train_rank(config: Settings, ranks: Ranks, held: ExitStack) -> int:
     optimizers = build_optimizers(
         model, settings.optimizer, settings.learning_rate, settings.weight_decay, (settings.beta1, settings.beta2)
     )
-    if ranks.is_main:
+    if ranks.is_main and not locked_first:
         held.enter_context(run.locked(folder))
+        run.refuse_a_run(folder)  # one may have come, and gone, since
     if start is None:
         if ranks.is_main:
-            if settings.resume == "never":
-                run.refuse_a_run(folder)  # again: one may have come and gone before the lock
             config.save(folder / run.CONFIG)
         weights = pretrained.state_dict() if pretrained else model.state_dict()
         load_weights(model, ranks.broadcast_tensors(weights), settings.init_from)

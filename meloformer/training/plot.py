@@ -12,13 +12,13 @@ What surprises: a run that is still going on can be drawn; a last line that is n
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 from pathlib import Path
 
 import numpy as np
 
+from meloformer.command_line import Parser
 from meloformer.errors import UserError, exit_cleanly
 from meloformer.evaluation.plots import COLOURS, INK, RULE, require_matplotlib
 from meloformer.files import require_file, write_atomic
@@ -133,7 +133,7 @@ def _draw_types(ax, runs: list[Path], metrics: list[dict[str, list[dict]]]) -> N
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m meloformer.training.plot", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m meloformer.training.plot", description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="folder of a run")
     parser.add_argument("--output", type=Path, help=f"picture to write (default: {CURVES} in the first run's folder)")
     arguments = parser.parse_args()

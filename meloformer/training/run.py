@@ -78,7 +78,8 @@ class Fixed:
 
 
 def find_start(run: Path, resume: str) -> Path | None:
-    """The checkpoint to go on from, None for a fresh start; UserError where neither is right."""
+    """The checkpoint to go on from, None for a fresh start; UserError where neither is right. Asked under the lock of
+    a folder that holds a run: whoever still works there may be about to save."""
     checkpoints = run / "checkpoints"
     if resume == "never":
         refuse_a_run(run)
@@ -96,6 +97,11 @@ def find_start(run: Path, resume: str) -> Path | None:
             raise UserError(
                 f"{checkpoints}: none of its {len(folders)} checkpoints is whole; start in another --output_dir"
             )
+        if (checkpoints / "latest").exists():
+            raise UserError(
+                f"{checkpoints / 'latest'}: names a checkpoint that is not there, and there is no other; put it back, "
+                f"or remove {checkpoints} to begin anew"
+            )
         return None
     folder = checkpoint.find(resume)
     checkpoint.check(folder)
@@ -107,14 +113,19 @@ def find_start(run: Path, resume: str) -> Path | None:
     return folder
 
 
+def holds_a_run(run: Path) -> bool:
+    return any((run / name).exists() for name in (CONFIG, METRICS, "checkpoints"))
+
+
 def refuse_a_run(run: Path) -> None:
-    if any((run / name).exists() for name in (CONFIG, METRICS, "checkpoints")):
+    if holds_a_run(run):
         raise UserError(f"{run}: holds a run; go on with --resume auto, or give another --output_dir")
 
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Make the run's folder and keep every other process out of it; UserError where one is at work there."""
+    """Make the run's folder and keep every other process out of it; UserError where one is at work there. What a kill
+    left between two renames is put right first."""
     run.mkdir(parents=True, exist_ok=True)
     with open(run / LOCK, "a+") as file:
         try:
@@ -128,6 +139,7 @@ def locked(run: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
         file.flush()
+        checkpoint.restore(run / "checkpoints")
         yield
 
 

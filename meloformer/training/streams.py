@@ -40,9 +40,14 @@ class Streams(Family):
         data = self.config.data
         self.corpus = Corpus(data.data_dir)
         self.data_hash, self.data_from = self.corpus.hash, f"--data_dir {data.data_dir}"
+        if data.predict_conditions and not self.corpus.has_conditions:
+            raise UserError(
+                f"data.predict_conditions is {','.join(data.predict_conditions)}, and {data.data_dir} was preprocessed "
+                "with --no-conditions; leave it out, or preprocess again without that flag"
+            )
         plan = self.plan(epoch)
         if plan.num_rows == 0:
-            raise UserError(f"{data.data_dir}: no music is left to train on; see data.max_bars and data.max_samples")
+            raise UserError(f"{data.data_dir}: no music is left to train on: {skipped(plan)} are skipped; raise that")
         self.validation = RowPlan(self.corpus, data, self.settings.seed, 0, "validation")
         if self.settings.patience and self.validation.num_rows == 0:
             raise UserError(
@@ -117,17 +122,21 @@ class Streams(Family):
     def about_data(self, plan: RowPlan) -> list[tuple[str, str]]:
         d, index = self.config.data, self.corpus.index
         notes, tokens = int(index["num_notes"].sum()), int(index["num_tokens"].sum())
-        skipped = [f"{count:,} {SKIP_REASONS[reason]}" for reason, count in sorted(plan.skipped.items())]
         held_out = self.validation
         return [
             ("data", f"{self.corpus.num_pieces:,} pieces, {notes:,} notes, {tokens:,} tokens in {d.data_dir}"),
             ("training", f"{len(plan.pieces):,} pieces in {plan.num_rows:,} rows of {d.max_seq_len:,} tokens"),
             ("held out", f"{len(held_out.pieces):,} pieces in {held_out.num_rows:,} rows"),
-            ("skipped", "; ".join(skipped) or "nothing"),
+            ("skipped", skipped(plan) or "nothing"),
         ]
 
     def about_step(self, plan: RowPlan, rows: int) -> str:
         return f"about {int(rows * self.config.data.max_seq_len * plan.fill['tokens']):,} tokens"
+
+
+def skipped(plan: RowPlan) -> str:
+    """How much a plan leaves out, and why."""
+    return "; ".join(f"{count:,} {SKIP_REASONS[reason]}" for reason, count in sorted(plan.skipped.items()))
 
 
 def adopt(model: ModelConfig, saved: dict, where: str) -> ModelConfig:

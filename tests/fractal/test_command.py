@@ -169,6 +169,7 @@ def test_what_an_earlier_run_wrote_is_not_written_over(config):
         ({"temperature": -1.0}, r"temperature is -1.0, must be at least 0"),
         ({"temperature": float("inf")}, r"temperature is inf, must be at least 0 and finite"),
         ({"sparsity_bias": float("inf")}, r"sparsity_bias is inf, must be a finite number"),
+        ({"seed": 2**63}, r"seed is 9223372036854775808, must be from 0 to 2\*\*63 - 1"),
         ({"velocity_threshold": 128}, r"velocity_threshold is 128, must be from 0 to 127"),
         ({"mode": "conditional"}, r"--mode conditional needs a MIDI file; give --prompt"),
         ({"prompt": "SONG"}, r"--prompt goes with --mode conditional or inpainting, and the mode is unconditional"),

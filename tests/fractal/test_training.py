@@ -152,6 +152,7 @@ def test_fast_dev_run_does_everything_and_leaves_nothing(make_config, capsys):
     train(config)
     said = capsys.readouterr().out
     assert "validation: " in said and "sample: " in said and "finished 3 steps" in said
+    assert "generate.py" not in said  # whose --checkpoint was the folder that is gone
     assert not Path(config.training.output_dir).exists()
 
 

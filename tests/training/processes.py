@@ -30,6 +30,8 @@ class Run:
 
     def __init__(self, config: Config, world_size: int = 1, before: Callable[[int], None] | None = None):
         self.outputs = [Path(f"{config.training.output_dir}.rank{rank}.txt") for rank in range(world_size)]
+        for output in self.outputs:  # of a run before, whose words this one's may be taken for
+            output.unlink(missing_ok=True)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

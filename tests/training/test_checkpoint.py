@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import signal
+import sys
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from meloformer.training import checkpoint
+from tests.training.processes import CONTEXT
 
 
-def save(folder, step, keep_last=2, best_step=None, value=0.0, fail=None):
+def save(folder, step, keep_last=2, best_step=None, value=0.0, fail=None, suffix=""):
     def save_model(into):
         save_file({"weight": torch.full((3,), value)}, into / checkpoint.MODEL)
         (into / "config.json").write_text("{}")
@@ -21,7 +25,7 @@ def save(folder, step, keep_last=2, best_step=None, value=0.0, fail=None):
 
     moments = {"weight/exp_avg": torch.full((3,), value)}
     best = [] if best_step is None else [best_step]
-    return checkpoint.save(folder, f"step_{step:08d}", save_model, moments, {"step": step}, keep_last, best)
+    return checkpoint.save(folder, f"step_{step:08d}{suffix}", save_model, moments, {"step": step}, keep_last, best)
 
 
 def names(folder):
@@ -66,6 +70,80 @@ def test_saving_a_step_again_replaces_it(tmp_path):
     checkpoint.write_pointer(tmp_path, "latest", None)
     folder = save(tmp_path, 2, value=2.0)
     assert checkpoint.read_tensors(folder / checkpoint.OPTIMIZER)["weight/exp_avg"].tolist() == [2.0] * 3
+
+
+def save_again_and_die(folder, suffix, operation):
+    """SIGKILL at the file operation number `operation` after the old folder was moved."""
+    count = [0]
+
+    def watch(event, arguments):
+        count[0] += event == "os.rename" and str(arguments[1]).endswith(".old")
+        if count[0] and event in ("open", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"):
+            count[0] += 1
+            if count[0] == operation + 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+    save(folder, 4, keep_last=3, value=2.0, suffix=suffix)
+
+
+def save_again_and_die_everywhere(folder, suffix):
+    """Folders 0, 1, .. of `folder`, killed one operation later each; the last was not killed any more."""
+    for operation in range(60):
+        save(folder / str(operation), 2, value=0.0)
+        save(folder / str(operation), 4, value=1.0)
+        if os.fork() == 0:
+            save_again_and_die(folder / str(operation), suffix, operation)
+            os._exit(0)
+        status = os.wait()[1]
+        if status != signal.SIGKILL:
+            sys.exit(status != 0)
+
+
+@pytest.mark.parametrize("suffix", ["", "-val_loss_0.5000"])
+def test_saving_the_newest_step_again_can_be_killed_anywhere(tmp_path, suffix):
+    """The folder that `latest` names was moved away before its replacement stood there; killed in between, the run
+    began at 0. A validation that SIGTERM forestalled saves its step again, the second family under another name."""
+    process = CONTEXT.Process(target=save_again_and_die_everywhere, args=(tmp_path, suffix))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    values = []
+    for folder in sorted(tmp_path.iterdir(), key=lambda folder: int(folder.name)):
+        checkpoint.restore(folder)
+        newest = checkpoint.newest(folder)
+        assert checkpoint.step_of(newest) == 4, names(folder)
+        checkpoint.check(newest)
+        values.append(checkpoint.read_tensors(newest / checkpoint.MODEL)["weight"][0].item())
+        save(folder, 6, keep_last=2)
+        assert checkpoint.all_steps(folder) == [4, 6]
+        assert not [name for name in names(folder) if name.startswith(".")]
+    assert len(values) > 5 and values == sorted(values) and set(values) == {1.0, 2.0}
+
+
+@pytest.mark.parametrize("broken", ["replace", "sync_directory"])
+@pytest.mark.parametrize("suffix", ["", "-val_loss_0.5000"])
+def test_saving_a_step_again_may_fail_anywhere(tmp_path, monkeypatch, suffix, broken):
+    """A disk that says no between the two renames, or after them: what stood there was removed all the same."""
+    save(tmp_path, 2)
+    save(tmp_path, 4, value=1.0)
+    where, calls = {"replace": (os, 2), "sync_directory": (checkpoint, 2)}[broken], [0]
+    real = getattr(where[0], broken)
+
+    def failing(*arguments):
+        calls[0] += 1
+        if calls[0] == where[1]:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(*arguments)
+
+    monkeypatch.setattr(where[0], broken, failing)
+    with pytest.raises(checkpoint.CheckpointError, match="Input/output error"):
+        save(tmp_path, 4, value=2.0, suffix=suffix)
+    monkeypatch.undo()
+    newest = checkpoint.newest(tmp_path)
+    assert checkpoint.step_of(newest) == 4 and checkpoint.read_pointer(tmp_path, "latest") == newest
+    checkpoint.check(newest)
+    assert (tmp_path / ".step_00000004.old").exists() == (broken == "sync_directory")
 
 
 def test_retention_keeps_the_last_ones_and_the_best(tmp_path):

@@ -20,6 +20,7 @@ from meloformer.model import MeloFormer
 from meloformer.training import checkpoint, loop, streams
 from meloformer.training.loop import TrainingError, accumulate, train
 from meloformer.training.optimizer import build_optimizers
+from meloformer.training.run import LOCK
 
 
 def records(config, kind="train"):
@@ -206,11 +207,16 @@ def test_auto_starts_fresh_where_there_is_nothing_and_says_when_all_is_done(make
     config = make_config(max_steps=2, resume="auto")
     train(config)
     assert losses(config)[-1][0] == 2
-    written = sorted(path.stat().st_mtime_ns for path in Path(config.training.output_dir).rglob("*"))
+
+    def written():
+        files = Path(config.training.output_dir).rglob("*")
+        return sorted(path.stat().st_mtime_ns for path in files if path.name != LOCK)
+
+    before = written()
     capsys.readouterr()
     train(config)
     assert "finished, at step 2 of 2" in capsys.readouterr().out
-    assert written == sorted(path.stat().st_mtime_ns for path in Path(config.training.output_dir).rglob("*"))
+    assert written() == before
 
 
 def test_auto_passes_over_a_damaged_checkpoint(make_config, capsys):
@@ -289,6 +295,18 @@ def test_other_data_is_refused(make_config, monkeypatch):
     monkeypatch.setattr(streams, "Corpus", changed)
     with pytest.raises(UserError, match="its data hash is another"):
         train(config)
+
+
+def test_pieces_that_are_all_skipped_name_the_setting_that_skips_them(make_config):
+    with pytest.raises(UserError, match=r"no music is left to train on: \d+ bars that alone exceed max_seq_len are"):
+        train(make_config(max_steps=1, data={"max_seq_len": 16, "max_segments": 128}))
+
+
+def test_conditions_that_the_data_does_not_have_cannot_be_predicted(make_config, monkeypatch):
+    """The run went to its end, and the model had learnt none."""
+    monkeypatch.setattr(Corpus, "has_conditions", False)
+    with pytest.raises(UserError, match=r"predict_conditions is key,chords, and .*shards was preprocessed with --no-c"):
+        train(make_config(max_steps=1, data={"predict_conditions": ["key", "chords"]}))
 
 
 def test_missing_data_leaves_nothing_behind(make_config, tmp_path):
