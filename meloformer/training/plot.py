@@ -105,10 +105,16 @@ def plot(runs: list[Path], output: Path) -> None:
         ax.grid(color=RULE, linewidth=0.6)
         ax.tick_params(labelsize=8, labelcolor=INK)
     norm.tick_params(labelsize=8, labelcolor=INK)
-    loss.legend(frameon=False, fontsize=8)
+    _legend(loss)
     buffer = io.BytesIO()
     canvas.print_png(buffer)
     write_atomic(output, buffer.getvalue())
+
+
+def _legend(ax, **options) -> None:
+    """A folder's name may hold dollar signs, and is no formula."""
+    for text in ax.legend(frameon=False, fontsize=8, **options).get_texts():
+        text.set_parse_math(False)
 
 
 def _draw_types(ax, runs: list[Path], metrics: list[dict[str, list[dict]]]) -> None:
@@ -122,7 +128,7 @@ def _draw_types(ax, runs: list[Path], metrics: list[dict[str, list[dict]]]) -> N
             shown = [{"step": r["step"], **r.get("by_type", {}).get(name, {})} for r in validations[0]]
             ax.plot(*column(shown, "nats_per_token"), color=colour, marker=".", label=name)
         if names:
-            ax.legend(frameon=False, fontsize=8, ncols=2)
+            _legend(ax, ncols=2)
         return
     width = 0.8 / len(runs)
     for i, (records, colour) in enumerate(zip(validations, COLOURS * (1 + len(runs) // len(COLOURS)))):
