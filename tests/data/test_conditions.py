@@ -193,17 +193,17 @@ def near(values, expected: float) -> bool:
 def test_each_condition_is_given_by_its_own_chance(corpus):
     of_piece, of_tracks, bare = given_in(corpus, 20, bare_probability=0.0, chords_probability=0.3)
     for name, given_ in of_piece.items():
-        assert near(given_, 0.3 if name == "chords" else 0.6), name
+        assert near(given_, 0.3 if name == "chords" else 0.8), name
     assert np.abs(np.corrcoef(list(of_piece.values())) - np.eye(4)).max() < 0.2
-    assert near(np.concatenate(of_tracks), 0.6) and not any(bare)
+    assert near(np.concatenate(of_tracks), 0.8) and not any(bare)
     alike = [len(set(given_)) == 1 for given_ in of_tracks]  # half of them by one coin, or by five that fall alike
-    assert near(alike, 0.5 + 0.5 * (0.6**5 + 0.4**5))
+    assert near(alike, 0.5 + 0.5 * (0.8**5 + 0.2**5))
 
 
 def test_some_pieces_are_given_nothing(corpus):
     """A model that has never seen a stream without conditions is at a loss in one."""
     of_piece, _, bare = given_in(corpus, 8)
-    assert near(bare, 0.2) and near(of_piece["key"], 0.8 * 0.6)
+    assert near(bare, 0.4) and near(of_piece["key"], 0.6 * 0.8)
 
 
 @pytest.mark.parametrize(
