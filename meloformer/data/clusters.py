@@ -163,7 +163,10 @@ def _join(
 
 def _roots(parent: np.ndarray) -> np.ndarray:
     """(pieces,) int64: the smallest number in each piece's group."""
-    return np.array([_root(parent, i) for i in range(len(parent))], dtype=np.int64)
+    roots = parent[parent]
+    while ((further := roots[roots]) != roots).any():
+        roots = further
+    return roots
 
 
 def _root(parent: np.ndarray, i: int) -> int:
