@@ -164,16 +164,16 @@ def test_cuda_flex_agrees_with_dense_in_gradients():
         torch.testing.assert_close(gradients[1][name], expected, atol=1e-4, rtol=1e-3, msg=name)
 
 
+def with_and_without_gradients(model, batch):
+    model.train().training_loss(batch)[0].backward()
+    with torch.no_grad():
+        model.eval().training_loss(batch)
+
+
 @CUDA
 def test_cuda_two_graphs_serve_ten_batches_with_gradients_and_ten_without():
     model = tiny_model(backend="flex").cuda()
-
-    def with_and_without(batch):
-        model.train().training_loss(batch)[0].backward()
-        with torch.no_grad():
-            model.eval().training_loss(batch)
-
-    assert count_graphs(with_and_without) == 2
+    assert count_graphs(lambda batch: with_and_without_gradients(model, batch)) == 2
 
 
 @CUDA
@@ -181,13 +181,7 @@ def test_cuda_compiled_layers_are_two_graphs():
     """What the layers keep on the host and send at their first call would be a graph more."""
     model = tiny_model(backend="flex", n_layer=1).cuda()
     model.compile_layers()
-
-    def with_and_without(batch):
-        model.train().training_loss(batch)[0].backward()
-        with torch.no_grad():
-            model.eval().training_loss(batch)
-
-    assert count_graphs(with_and_without) == 2
+    assert count_graphs(lambda batch: with_and_without_gradients(model, batch)) == 2
 
 
 @CUDA
