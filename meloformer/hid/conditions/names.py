@@ -22,7 +22,7 @@ NO_CHORD = NUM_CHORDS - 1
 NO_CHORD_NAME = "N"
 _LETTERS = {"C": 0, "D": 2, "E": 4, "F": 5, "G": 7, "A": 9, "B": 11}
 _ACCIDENTALS = {"#": 1, "♯": 1, "b": -1, "♭": -1, "": 0}
-_MODES = {"major": 0, "maj": 0, "dur": 0, "": 0, "minor": 1, "min": 1, "m": 1, "moll": 1}
+_MODES = {"major": 0, "maj": 0, "dur": 0, "": 0, "M": 0, "minor": 1, "min": 1, "m": 1, "moll": 1}
 # The first spelling of a quality is the one that `chord_name` writes.
 _SPELLINGS = {
     "maj": ("", "maj", "major", "M"),
@@ -51,7 +51,8 @@ def parse_key(text: str) -> int:
     [0, 21, 10, 1, 15, 3]
     """
     root, rest = _root(text.strip()[:1].upper() + text.strip()[1:])
-    mode = 0 if rest.strip() == "M" else _MODES.get(rest.strip().lower())
+    word = rest.strip()
+    mode = _MODES.get(word, _MODES.get(word.lower()))
     if root is None or mode is None:
         names = [key_name(key) for key in range(NUM_KEYS)]
         raise UserError(f'key {text!r}: a pitch with "major" or "minor" is accepted{_nearest(text, names)}')
