@@ -12,8 +12,10 @@ the real windows against their own conditions; and how much of the way from `shu
 - key, chords: share of pitched notes in the scale of the key, in the chord of the half bar they begin in (`none` aside)
 - density, bar_density, track_density, polyphony: mean distance in bins between asked and derived from the sample
 - role: share of parts that have the role that was asked for
-- end: share of samples whose last bar is thin, with fewer than THIN times the notes of the bars before on average;
-  asked to end, not asked to (in the place of shuffled), and the real ends (real) beside other real windows (real_other)
+- end: share of samples whose last bar is thin, with fewer than THIN times the notes of the bars before on average. The
+  windows that end their piece are asked for twice more, with the mark of an end (asked) and without it (in the place of
+  shuffled), all else equal and the bars' densities untold, which would ask for a thin bar themselves; real ends
+  (real) stand beside other real windows (real_other)
 
 >>> measure(model, corpus, config.data, num_samples=32)["chords"]["share_of_gap"]   # doctest: +SKIP
 
@@ -60,8 +62,8 @@ class Window:
     begins: bool
     ends: bool
 
-    def request(self, known: list[str]) -> Request:
-        """The same bars anew; known: names of the conditions that may be asked for."""
+    def request(self, known: list[str], end: bool | None = None) -> Request:
+        """The same bars anew; known: names of the conditions that may be asked for; end: not the window's own."""
         score, c = self.score, self.conditions
         numerator, denominator = (int(score.meters[0][name]) for name in ("numerator", "denominator"))
         halves = half_chords(c, score)
@@ -82,7 +84,7 @@ class Window:
             bar_density=c.bar_density.tolist() if "bar_density" in known else None,
             parts=parts,
             begin=self.begins,
-            end=self.ends,
+            end=self.ends if end is None else end,
         )
         tempo = int(score.tempos[0]["qpm"])
         return Request(score.num_bars, (numerator, denominator), tempo, score.instruments.tolist(), steering=steering)
@@ -186,8 +188,13 @@ def is_thin_at_the_end(score: Score) -> bool:
     return bool(notes[-1] < THIN * notes[:-1].mean())
 
 
-def compare(samples: list[list[Score]], windows: list[Window], known: list[str]) -> dict[str, dict[str, float]]:
-    """The module's docstring has it; samples[i] were asked for what windows[i] says, by the conditions `known`."""
+def compare(
+    samples: list[list[Score]], windows: list[Window], known: list[str], endings: dict[bool, list[Score]]
+) -> dict[str, dict[str, float]]:
+    """The module's docstring has it; samples[i] were asked for what windows[i] says, by the conditions `known`.
+
+    endings: what was written for the windows that end, with the mark and without it; empty where none ends.
+    """
     others = windows[1:] + windows[:1]
     table = {}
     for name, (condition, of) in MEASURES.items():
@@ -197,10 +204,10 @@ def compare(samples: list[list[Score]], windows: list[Window], known: list[str])
         shuffled = _mean(of(score, other) for scores, other in zip(samples, others) for score in scores)
         real = _mean(of(window.score, window) for window in windows)
         table[name] = {"asked": asked, "shuffled": shuffled, "real": real, "share_of_gap": _gap(asked, shuffled, real)}
-    ends = [[is_thin_at_the_end(s) for group, w in zip(samples, windows) if w.ends == e for s in group] for e in (1, 0)]
-    real = [[is_thin_at_the_end(w.score) for w in windows if w.ends == e] for e in (1, 0)]
-    if all(ends):
-        asked, other, real_end, real_other = (float(np.mean(found)) for found in (*ends, *real))
+    real = {end: [is_thin_at_the_end(w.score) for w in windows if w.ends == end] for end in (True, False)}
+    if endings and all(real.values()):
+        asked, other = (float(np.mean([is_thin_at_the_end(s) for s in endings[mark]])) for mark in (True, False))
+        real_end, real_other = float(np.mean(real[True])), float(np.mean(real[False]))
         table["end"] = {
             "asked": asked,
             "shuffled": other,
@@ -242,13 +249,19 @@ def measure(
     windows = draw_windows(corpus, data, count, int(ROOM * model.max_seq_len), seed, split)
     if len(windows) < 2:
         raise UserError(f"obedience: the {split} split has no two windows of one meter; try --split train")
-    samples = []
-    for number, window in enumerate(windows):
-        request = window.request(known)
+
+    def write(number: int, request: Request) -> list[Score]:
         written = generate(model, request, SAMPLES_A_WINDOW, sampling, seed + number, guidance=guidance)
-        samples.append([sample.score for sample in written])
+        return [sample.score for sample in written]
+
+    samples = [write(number, window.request(known)) for number, window in enumerate(windows)]
+    untold = [name for name in known if name != "bar_density"]
+    endings = {
+        mark: [score for i, w in enumerate(windows) if w.ends for score in write(i, w.request(untold, mark))]
+        for mark in (True, False)
+    }
     return {
-        "measures": compare(samples, windows, known),
+        "measures": compare(samples, windows, known, endings),
         "samples": sum(map(len, samples)),
         "windows": len(windows),
         "bars": sum(score.num_bars for group in samples for score in group),

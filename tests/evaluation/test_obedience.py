@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -54,7 +56,8 @@ def window(roots: list[int], ends: bool, beats: int = 4) -> Window:
 def test_real_music_is_what_it_says_of_itself():
     windows = [window([0, 5, 7, 0], True), window([6, 11, 1, 6], False, beats=2), window([3, 8, 10, 3], True)]
     assert [chord_name(c) for c in half_chords(windows[0].conditions, windows[0].score)[:, 0]] == ["C", "F", "G", "C"]
-    table = compare([[w.score, w.score] for w in windows], windows, KNOWN)
+    endings = {True: [windows[0].score], False: [windows[1].score]}
+    table = compare([[w.score, w.score] for w in windows], windows, KNOWN, endings)
     assert set(table) == {"key", "chords", "density", "bar_density", "track_density", "polyphony", "role", "end"}
     for name in ("key", "chords", "role"):
         assert table[name]["asked"] == table[name]["real"] == 1.0
@@ -62,10 +65,10 @@ def test_real_music_is_what_it_says_of_itself():
     assert table["density"]["asked"] == 0 < table["density"]["shuffled"]
     assert (table["end"]["asked"], table["end"]["shuffled"], table["end"]["real_other"]) == (1.0, 0.0, 0.0)
     # the same pieces, each asked for what another is: nothing of the gap is closed
-    turned = compare([[w.score] for w in windows], windows[1:] + windows[:1], KNOWN)
+    turned = compare([[w.score] for w in windows], windows[1:] + windows[:1], KNOWN, {})
     assert turned["chords"]["asked"] < 0.5 and turned["density"]["asked"] > 0
     # what a model was not trained with is not in the table
-    assert set(compare([[w.score] for w in windows], windows, ["key"])) == {"key", "end"}
+    assert set(compare([[w.score] for w in windows], windows, ["key"], endings)) == {"key", "end"}
 
 
 def test_a_window_asks_for_what_a_musician_could_type():
@@ -113,7 +116,7 @@ def test_a_model_that_writes_what_is_asked_for_is_not_a_bin_off(tmp_path):
         written = [places.index(instrument) for instrument in one.request(KNOWN).ordered_instruments()]
         assert [places[i] for i in written] == [DRUMS, 34, 30]
         samples.append([reorder_tracks(one.score, np.array(written))])  # the very notes, in the order of the request
-    table = compare(samples, windows, KNOWN)
+    table = compare(samples, windows, KNOWN, {})
     assert table["role"]["asked"] == 1 and table["polyphony"]["asked"] == table["track_density"]["asked"] == 0
 
 
@@ -131,6 +134,31 @@ def test_a_model_that_learnt_nothing_closes_no_gap(config):
     assert abs(found["measures"]["chords"]["asked"] - found["measures"]["chords"]["shuffled"]) < 0.2
     table = report(found)
     assert "4 pieces" in table and "chords" in table and "of the gap" in table
+
+
+@pytest.mark.parametrize("reads, share", [("the mark", (1.0, 0.0)), ("the densities of the bars", (0.0, 0.0))])
+def test_an_ending_is_held_against_the_same_request_without_one(config, monkeypatch, reads, share):
+    """A model that thins out because its last bar is asked to be thin heeds no mark of an end. With and without
+    the mark it was given different windows' requests, the densities of bars among them, and so it seemed to."""
+    corpus = Corpus(config.data.data_dir)
+    model = MeloFormer(ModelConfig(**{**config.model.to_dict(), "dropout": 0.0}), corpus.vocabulary, 384).eval()
+    model.conditions = ["key", "bar_density"]
+    asked = []
+
+    def obedient(model, request, count, *args, **kwargs):
+        asked.append(request)
+        s = request.steering
+        thin = s.end if reads == "the mark" else bool(s.bar_density) and s.bar_density[-1] < s.bar_density[0]
+        return [SimpleNamespace(score=window([0, 5, 7, 0], thin).score)] * count
+
+    monkeypatch.setattr("meloformer.evaluation.obedience.generate", obedient)
+    row = measure(model, corpus, config.data, 8)["measures"]["end"]
+    assert (row["asked"], row["shuffled"]) == share
+    told, marked, unmarked = asked[:4], asked[4:6], asked[6:]
+    assert [r.steering.end for r in told] == [True, False] * 2 and all(r.steering.bar_density for r in told)
+    for one, other in zip(marked, unmarked, strict=True):
+        assert one.steering.end and not other.steering.end and one.steering.bar_density is None
+        assert repr(replace(one.steering, end=False)) == repr(other.steering)
 
 
 def test_evaluate_puts_it_into_its_file(config, capsys):
