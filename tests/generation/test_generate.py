@@ -23,7 +23,7 @@ from meloformer.generation.sound import Synthesizer
 from meloformer.hid import Tokenizer
 from meloformer.midi import Score, Track, note_table, read_score, write_midi
 from meloformer.report import earlier_runs
-from tests.generation.chosen import decided, likeliest
+from tests.generation.likeliest import decided, likeliest
 from tests.hid.streams import VOCABULARY
 from tests.model.music import tiny_model
 from tests.training.small import small_score

@@ -28,7 +28,7 @@ from meloformer.hid import Family, Tokenizer
 from meloformer.hid.controls import CONDITIONS
 from meloformer.midi import DRUMS, MidiError, Score, Track, note_table, read_score, write_midi
 from meloformer.midi.merge import MidiSource
-from tests.generation.chosen import decided, likeliest
+from tests.generation.likeliest import decided, likeliest
 from tests.hid.streams import VOCABULARY
 from tests.midi.real_files import readable_sample
 from tests.midi.test_merge import band, timed_events

@@ -18,7 +18,7 @@ from meloformer.generation.steering import parse_parts
 from meloformer.hid import Annotations, Family
 from meloformer.hid.conditions import parse_chord, parse_key
 from meloformer.midi import DRUMS, Score
-from tests.generation.chosen import decided
+from tests.generation.likeliest import decided
 from tests.generation.steered import TAGS, TOKENIZER, steerable, steerings
 from tests.hid.streams import VOCABULARY
 from tests.model.music import tiny_model
