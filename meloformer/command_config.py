@@ -70,7 +70,11 @@ class GenerateConfig(Settings):
     end: bool | None = option(
         None, "the piece ends with its last bar", shown="off, on where that is the end of a prompt's own music"
     )
-    derive: bool = option(True, "tell the model a prompt's key, chords, densities and roles, as far as none are given")
+    derive: bool = option(
+        True,
+        "where no key, chords, densities and roles are given, take a prompt's own; from nothing, let a model that was "
+        "trained with --predict_conditions write them; off: tell it what is given alone",
+    )
     guidance: float = option(1.0, "above 1 such conditions weigh more, for twice the work")
     temperature: float = option(1.0, "below 1 safer, above 1 wilder; 0 always takes the likeliest token")
     temperature_time: float | None = option(None, "for when notes begin", shown="temperature")

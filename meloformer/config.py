@@ -149,7 +149,9 @@ class DataConfig(Settings):
     role_probability: float = option(0.8, "how often a track's role is given")
     bar_density_probability: float = option(0.8, "how often the notes per quarter of every bar are given")
     predict_conditions: list[str] | None = option(
-        None, "conditions that the model learns to write itself where they stand, such as key,chords", shown="none"
+        None,
+        "conditions that the model learns to write itself, such as key,chords; generate.py lets it where none are given",
+        shown="none",
     )
 
     def __post_init__(self):

@@ -73,6 +73,7 @@ class Streams(Family):
         model = MeloFormer(self.config.model, self.corpus.vocabulary, self.config.data.max_seq_len)
         model.tags = self.corpus.tags
         model.conditions = self.config.data.given_conditions() if self.corpus.has_conditions else []
+        model.predicted = self.config.data.predict_conditions or []
         return model
 
     def open_pretrained(self, path: str) -> MeloFormer:
