@@ -125,8 +125,7 @@ class GenerateConfig(Settings):
                 f"{prompts[0]} needs one of --continue_bars, --rewrite, --add_instruments and --anew, received "
                 f"{' and '.join(tasks) or 'none'}; the output of one may be the prompt of the next"
             )
-        underived = [] if self.derive else ["--no-derive"]
-        for flag in [] if prompts else [*tasks, *given("prompt_bars", "only_new"), *underived]:
+        for flag in [] if prompts else [*tasks, *given("prompt_bars", "only_new")]:
             raise UserError(f"{flag} needs a MIDI file to go on from; give --prompt")
         own = given("tempo", "time_signature", "instruments") + ([] if self.anew else given("bars"))
         for flag in own if prompts else []:

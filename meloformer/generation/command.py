@@ -86,6 +86,11 @@ def run(config: GenerateConfig) -> None:
     model = MeloFormer.from_pretrained(config.checkpoint).to(choose_device(config.device))
     max_length = config.max_length or model.max_seq_len
     steering.require_known(model.conditions)
+    if not (config.derive or paths or model.predicted):
+        raise UserError(
+            "--no-derive needs a MIDI file to go on from, or a model that was trained with --predict_conditions; give "
+            "--prompt, or leave it out"
+        )
     derived = model.conditions if config.derive else []
     prompts = (Prompt(path, model.vocabulary, derived, model.tags) for path in paths)
     tasks = [plan(config, prompt, steering, max_length) for prompt in prompts]

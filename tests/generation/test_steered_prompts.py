@@ -142,7 +142,6 @@ def test_flags_become_conditions(tmp_path):
         ({"track": ["program=33,density=few"]}, "must be like"),
         ({"track": ["program=33,density=2,density=3"]}, "density is given twice"),
         ({"chord_bars": 2.0}, "--chord_bars is how long each of --chords lasts"),
-        ({"derive": False}, "--no-derive needs a MIDI file"),
         ({"guidance": -1.0}, "guidance is -1.0, must be at least 0"),
     ):
         with pytest.raises(UserError, match=message):
