@@ -135,7 +135,7 @@ def test_parts_are_found_by_their_instruments():
     described = parse_parts(["program=violin,density=4", "program=33", "role=bass", "program=violin,polyphony=2"])
     request = Request(1, (4, 4), 90, [40, 33, 40, DRUMS], steering=Steering(parts=described))
     state = ConstrainedState(VOCABULARY, request, 300)
-    assert [TOKENIZER.text(np.array(tokens)) for tokens in state.parts] == [
+    assert [TOKENIZER.text(np.array([ids.start for ids in part], dtype=int)) for part in state.parts] == [
         *("", "ROLE_bass", "DENSITY_4", "POLYPHONY_2"),
     ]
     alone = Request(1, steering=Steering(parts=described))
