@@ -92,6 +92,8 @@ def run(config: GenerateConfig) -> None:
     for task in tasks:
         if task.note:
             print(task.note)
+        if task.prompt.source.loss and not task.anew:
+            print(f"{task.prompt.path}: {task.prompt.source.loss}")
         if task.told:
             print(f"{task.prompt.path}: the model is told {task.told}")
     make_folder(output)
@@ -141,7 +143,7 @@ def _write(job: Job, name: str, sample: Sample, config: GenerateConfig, synthesi
         piano_roll(score, path.with_suffix(".png"), name, new)
     if synthesizer is not None:
         synthesizer.render(path, path.with_suffix(".wav"))
-    print(f"{path}: {describe(job, sample)}")
+    print(f"{path}: {describe(job, sample, counts)}")
     return counts
 
 
@@ -157,7 +159,8 @@ def _is_new(written: MidiSource, task: Task, only_new: bool) -> np.ndarray:
 def _record(job: Job, samples: list[Sample], changes: list[Counter], seconds: float, config: GenerateConfig) -> dict:
     """The run's entry in generation.json; prints its last line."""
     tokens = sum(len(sample.tokens) - _given(job) for sample in samples)
-    notes = sum(_num_notes(job, sample) for sample in samples)
+    num_notes = [_num_notes(job, sample, counts) for sample, counts in zip(samples, changes)]
+    notes = sum(num_notes)
     cut = sum(sample.hit_limit for sample in samples)
     if cut:
         fewer = "--bars or --instruments" if job.task is None else "bars"
@@ -176,13 +179,13 @@ def _record(job: Job, samples: list[Sample], changes: list[Counter], seconds: fl
                 "file": f"{name}.mid",
                 "index": sample.index,
                 "tokens": len(sample.tokens) - _given(job),
-                "notes": _num_notes(job, sample),
+                "notes": written,
                 "bars": sample.score.num_bars,
                 "instruments": [instrument_name(i) for i in sample.score.instruments.tolist()],
                 "hit_max_length": sample.hit_limit,
                 "changes": dict(counts),
             }
-            for name, sample, counts in zip(job.names, samples, changes)
+            for name, sample, written, counts in zip(job.names, samples, num_notes, changes)
         ],
     }
 
@@ -191,16 +194,19 @@ def _given(job: Job) -> int:
     return 0 if job.request.given is None else len(job.request.given)
 
 
-def _num_notes(job: Job, sample: Sample) -> int:
-    return sample.score.num_notes if job.task is None else len(job.task.new_notes(sample))
+def _num_notes(job: Job, sample: Sample, counts: Counter) -> int:
+    """New notes that are in the sample's file, by what writing it counted."""
+    asked = sample.score.num_notes if job.task is None else len(job.task.new_notes(sample))
+    return asked - counts["held_dropped"] - counts["duplicate_dropped"]
 
 
-def describe(job: Job, sample: Sample) -> str:
-    """One line about a piece for people."""
+def describe(job: Job, sample: Sample, counts: Counter) -> str:
+    """One line about a piece for people; counts: what writing it changed."""
+    notes = _num_notes(job, sample, counts)
     if job.task is not None:
-        return f"{_num_notes(job, sample)} new notes in {job.task.cells} bars of parts"
+        return f"{notes} new notes in {job.task.cells} bars of parts"
     names = ", ".join(instrument_name(i) for i in sample.score.instruments.tolist())
-    return f"{sample.score.num_bars} bars, {sample.score.num_notes} notes: {names}"
+    return f"{sample.score.num_bars} bars, {notes} notes: {names}"
 
 
 # --- what the flags say -------------------------------------------------------------------------------------------
