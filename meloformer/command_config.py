@@ -42,7 +42,7 @@ class GenerateConfig(Settings):
     )
     prompt_bars: int | None = option(
         None,
-        "with continue_bars and add_instruments, read only the last so many bars",
+        "with continue_bars read only the last so many bars; with add_instruments these alone get the new parts",
         shown="as many as fit; with add_instruments all",
     )
     only_new: bool = option(False, "write the new notes alone, not the prompt's")

@@ -31,6 +31,7 @@ MODEL_SIZES = {
 }
 VISIBLE = {"T": ["T", "P"], "P": ["L"], "L": ["V"], "V": ["T", "P"]}
 BY_SIZE = "by model_size"
+MOST_BARS = 16_384  # what model.packed has bits for
 # Names of hid.controls.CONDITIONS, again, because --help should not wait for numpy
 CONDITIONS = ("key", "chords", "tag", "density", "polyphony", "role", "bar_density")
 
@@ -171,7 +172,13 @@ class DataConfig(Settings):
         require(self.data_dir != "", "data.data_dir", "", "a folder", "give --data_dir")
         require(self.max_seq_len >= 16, "data.max_seq_len", self.max_seq_len, "at least 16", "24576 is the default")
         require(self.max_segments >= 1, "data.max_segments", self.max_segments, "at least 1", "leave it out")
-        require(self.max_bars >= 1, "data.max_bars", self.max_bars, "at least 1", "2048 is the default")
+        require(
+            1 <= self.max_bars <= MOST_BARS,
+            "data.max_bars",
+            self.max_bars,
+            f"1 to {MOST_BARS}",
+            "2048 is the default; nine hours of music have no more",
+        )
         samples = self.max_samples
         require(samples is None or samples >= 1, "data.max_samples", samples, "at least 1", "leave it out to use all")
         fraction = self.validation_fraction

@@ -196,9 +196,12 @@ class MeloFormer(nn.Module):
         """The name of what computes attention: the config's choice, or for `auto` the fastest on this device."""
         if self.config.backend != "auto":
             return self.config.backend
-        if self.device.type == "cpu":
-            return "dense" if self.rule.full_causal or self.static_shapes else "gathered"
-        return "fused" if self.rule.full_causal else "flex"
+        on_cpu = self.device.type == "cpu"
+        if on_cpu and self.static_shapes:
+            return "dense"
+        if self.rule.full_causal:
+            return "fused"
+        return "gathered" if on_cpu else "flex"
 
     def prepare(self, batch: Mapping[str, np.ndarray], backend: str | None = None) -> Inputs:
         """Tensors, and what sees what, of annotated rows; another `backend` than the model's if one is named."""

@@ -165,6 +165,7 @@ def train_rank(config: Settings, ranks: Ranks, held: ExitStack) -> int:
             result = family.evaluate(model, precision, ranks)
             log.validation({"step": progress.step, **result}, family.validation_line(result))
             score = family.score(result)
+            score = score if math.isfinite(score) else math.inf  # nothing is below nan, so it could not be beaten
             improved = progress.best_score is None or score < progress.best_score
             progress.waited = 0 if improved else progress.waited + 1
             progress.validation_due = False

@@ -117,7 +117,7 @@ def test_backends_of_the_cpu_agree_with_dense_in_logits_and_gradients(backend, c
 
 def test_a_backend_is_chosen_by_device_and_refused_where_it_cannot_work():
     assert tiny_model(backend="auto").backend() == "gathered"
-    assert tiny_model(backend="auto", pattern="full_causal").backend() == "dense"
+    assert tiny_model(backend="auto", pattern="full_causal").backend() == "fused"
     assert tiny_model(backend="flex").backend() == "flex"
     with pytest.raises(UserError, match="fused computes --pattern full_causal alone"):
         ModelConfig(size="small", backend="fused").validate()

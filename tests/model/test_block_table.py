@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
-from meloformer.config import ModelConfig
+from meloformer.config import MOST_BARS, DataConfig, ModelConfig
+from meloformer.errors import UserError
 from meloformer.hid import Tokenizer
 from meloformer.midi import read_score
 from meloformer.model import block_table
@@ -207,6 +208,10 @@ def test_more_bars_than_the_words_hold_are_refused():
     fields = Fields(*(torch.zeros(1, 1, dtype=torch.int32) for _ in Fields._fields))
     with pytest.raises(ValueError, match="16384"):
         pack(AttentionRule(ModelConfig(size="small")), fields._replace(bar=torch.tensor([[MAX_BARS]])))
+    # and before training begins, not in its first long row
+    assert MOST_BARS == MAX_BARS
+    with pytest.raises(UserError, match=r"data.max_bars is 16385.*1 to 16384"):
+        DataConfig(data_dir="x", max_bars=MAX_BARS + 1).validate()
 
 
 @pytest.mark.parametrize("name", ["default", "distances beyond 31", "full causal"])

@@ -338,6 +338,21 @@ def test_a_loss_that_is_not_finite_skips_the_update_and_stops_the_run_in_the_end
     assert "step 2: loss nan" in capsys.readouterr().out
 
 
+def test_a_validation_that_is_not_finite_can_be_beaten(make_config, monkeypatch):
+    """Nothing is less than nan: a first validation that overflowed stayed the best one, and patience ended the run."""
+    config = make_config(max_steps=6, val_interval=2, patience=2)
+    real, count = streams.Streams.score, [0]
+
+    def spoilt(self, result):
+        count[0] += 1
+        return math.nan if count[0] == 1 else real(self, result)
+
+    monkeypatch.setattr(streams.Streams, "score", spoilt)
+    train(config)
+    state = checkpoint.read_state(checkpoint.find(Path(config.training.output_dir) / "checkpoints/best"))
+    assert count[0] == 3 and state["progress"]["step"] in (4, 6)
+
+
 def test_a_skipped_update_changes_no_weight(make_config, monkeypatch):
     config = make_config(max_steps=1)
     monkeypatch.setattr(loop, "accumulate", lambda *arguments: torch.tensor(math.inf))
