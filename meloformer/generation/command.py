@@ -101,6 +101,8 @@ def run(config: GenerateConfig) -> None:
     for task in tasks:
         if task.note:
             print(task.note)
+        if task.prompt.source.loss and not task.anew:
+            print(f"{task.prompt.path}: {task.prompt.source.loss}")
         if task.told:
             print(f"{task.prompt.path}: the model is told {task.told}")
     make_folder(output)
@@ -153,7 +155,7 @@ def _write(
     if synthesizer is not None:
         synthesizer.render(path, path.with_suffix(".wav"))
     words = chosen_words(sample.chosen, model.vocabulary, model.tags, most=WORDS_A_LINE)
-    print(f"{path}: {describe(job, sample)}" + (f"; the model chose {words}" if words else ""))
+    print(f"{path}: {describe(job, sample, counts)}" + (f"; the model chose {words}" if words else ""))
     return counts
 
 
@@ -176,7 +178,8 @@ def _record(
 ) -> dict:
     """The run's entry in generation.json; prints its last line."""
     tokens = sum(len(sample.tokens) - _given(job) for sample in samples)
-    notes = sum(_num_notes(job, sample) for sample in samples)
+    num_notes = [_num_notes(job, sample, counts) for sample, counts in zip(samples, changes)]
+    notes = sum(num_notes)
     cut = sum(sample.hit_limit for sample in samples)
     if cut:
         fewer = "--bars or --instruments" if job.task is None else "bars"
@@ -195,14 +198,14 @@ def _record(
                 "file": f"{name}.mid",
                 "index": sample.index,
                 "tokens": len(sample.tokens) - _given(job),
-                "notes": _num_notes(job, sample),
+                "notes": written,
                 "bars": sample.score.num_bars,
                 "instruments": [instrument_name(i) for i in sample.score.instruments.tolist()],
                 "chosen": chosen_words(sample.chosen, model.vocabulary, model.tags),
                 "hit_max_length": sample.hit_limit,
                 "changes": dict(counts),
             }
-            for name, sample, counts in zip(job.names, samples, changes)
+            for name, sample, written, counts in zip(job.names, samples, num_notes, changes)
         ],
     }
 
@@ -211,16 +214,19 @@ def _given(job: Job) -> int:
     return 0 if job.request.given is None else len(job.request.given)
 
 
-def _num_notes(job: Job, sample: Sample) -> int:
-    return sample.score.num_notes if job.task is None else len(job.task.new_notes(sample))
+def _num_notes(job: Job, sample: Sample, counts: Counter) -> int:
+    """New notes that are in the sample's file, by what writing it counted."""
+    asked = sample.score.num_notes if job.task is None else len(job.task.new_notes(sample))
+    return asked - counts["held_dropped"] - counts["duplicate_dropped"]
 
 
-def describe(job: Job, sample: Sample) -> str:
-    """One line about a piece for people."""
+def describe(job: Job, sample: Sample, counts: Counter) -> str:
+    """One line about a piece for people; counts: what writing it changed."""
+    notes = _num_notes(job, sample, counts)
     if job.task is not None:
-        return f"{_num_notes(job, sample)} new notes in {job.task.cells} bars of parts"
+        return f"{notes} new notes in {job.task.cells} bars of parts"
     names = ", ".join(instrument_name(i) for i in sample.score.instruments.tolist())
-    return f"{sample.score.num_bars} bars, {sample.score.num_notes} notes: {names}"
+    return f"{sample.score.num_bars} bars, {notes} notes: {names}"
 
 
 # --- what the flags say -------------------------------------------------------------------------------------------
