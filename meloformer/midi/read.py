@@ -136,7 +136,8 @@ def _with_symusic(path: str | Path, data: bytes, counts: Counter) -> Score:
             sounding.append(notes.numpy())
             sizes.append(len(notes))
             tracks.append(Track(track.program, track.is_drum, track.name))
-    counts.update(pitch_bends=bends, control_changes=controls, pedals=pedals, tracks_split=num_split(data, parse))
+    split = num_split(data, parse, parsed)
+    counts.update(pitch_bends=bends, control_changes=controls, pedals=pedals, tracks_split=split)
     columns = [_joined([part[name] for part in sounding]) for name in ("time", "duration", "pitch", "velocity")]
     notes = NoteColumns(np.repeat(np.arange(len(tracks)), sizes), *columns)
     meters, tempos = parsed.time_signatures.numpy(), parsed.tempos.numpy()

@@ -1,17 +1,17 @@
 """How many tracks of a Score a program change began, counted without following every event.
 
-`num_split(data, parse)` is the number of (track of the file, channel, program) with notes beyond the first of each
-(track of the file, channel). In: tidied data and symusic's parser. Out: an int.
+`num_split(data, parse, parsed)`: the (track of the file, channel, program) with notes beyond the first of each (track
+of the file, channel). In: tidied data, symusic's parser, and what it made of them. Out: an int.
 
->>> from meloformer.midi.chunks import tidy                                # doctest: +SKIP
->>> num_split(tidy("song.mid")[0], symusic.Score.from_midi)                # doctest: +SKIP
+>>> data, parse = tidy("song.mid")[0], symusic.Score.from_midi        # doctest: +SKIP
+>>> num_split(data, parse, parse(data))                              # doctest: +SKIP
 2
 
-symusic hands out tracks without their channels, and following the events in Python (`pedal.sounding_parts`, which the
-tests hold this against) takes as long as all of reading and encoding. So the bytes are searched for what looks like a
-program change behind the first note of its track; most files have none that changes anything. Tracks that have one are
-parsed twice more, as they are and with their program changes made into channel pressure, which nobody reads: the tracks
-that are gone then were split off.
+symusic hands out tracks without their channels, and following the events in Python (as the second reader does, which
+the tests hold this against) takes as long as all of reading and encoding. So the bytes are searched for what looks like
+a program change behind the first note of its channel; most files have none that changes anything. Tracks that have one
+are parsed by themselves, as they are and with their program changes made into channel pressure, which nobody reads: the
+tracks that are gone then were split off.
 
 The surprise: what looks like a program change may be part of a time or of a text, and turning it into something else
 does no harm there. Only the length of a long text must not change: then the notes come out otherwise, and the events
@@ -31,15 +31,15 @@ from meloformer.midi.pedal import sounding_parts
 AS_PRESSURE = bytes(byte + 0x10 if byte >> 4 == 0xC else byte for byte in range(256))
 
 
-def num_split(data: bytes, parse: Callable) -> int:
-    """See the module's docstring; `parse` has to have accepted the data as they are."""
+def num_split(data: bytes, parse: Callable, parsed) -> int:
+    """See the module's docstring; `parsed` is what `parse` made of the data."""
     tracks = _with_changes(data)
     if not tracks:
         return 0
     head = data[:10] + struct.pack(">H", len(tracks)) + data[12:14]
     as_it_is = b"".join([head, *tracks])
     try:
-        split = parse(as_it_is)
+        split = parsed if len(as_it_is) == len(data) else parse(as_it_is)
         whole = parse(b"".join([head, *(track[:8] + track[8:].translate(AS_PRESSURE) for track in tracks)]))
         if split.note_num() == whole.note_num():
             return _num_sounding(split) - _num_sounding(whole)
