@@ -27,6 +27,8 @@ PRE_MIDI := data/pretrained/.written
 PRE_SHARDS := processed/pretrained/meta.json
 PRE_SHORT := runs/pretrained-short
 PRE_BEGUN := $(PRE_SHORT)/.trained
+PRE_LONG := runs/pretrained-long
+PRE_GROWN := $(PRE_LONG)/.trained
 PRE := runs/pretrained
 PRE_TRAINED := $(PRE)/.trained
 PRE_EVALUATED := $(PRE)/evaluation.json
@@ -120,8 +122,13 @@ $(PRE_BEGUN): | $(PRE_SHARDS)
 	    --resume auto
 	@touch $@
 
-$(PRE_TRAINED): | $(PRE_BEGUN)
+$(PRE_GROWN): | $(PRE_BEGUN)
 	$(PY) train.py --config configs/pretrained_long.yaml --init_from $(PRE_SHORT) --data_dir $(dir $(PRE_SHARDS)) \
+	    --output_dir $(PRE_LONG) --resume auto
+	@touch $@
+
+$(PRE_TRAINED): | $(PRE_GROWN)
+	$(PY) train.py --config configs/pretrained_whole.yaml --init_from $(PRE_LONG) --data_dir $(dir $(PRE_SHARDS)) \
 	    --output_dir $(PRE) --resume auto
 	@touch $@
 
@@ -134,7 +141,7 @@ test: $(INSTALLED)
 	$(PY) -m pytest
 
 clean-pretrained:
-	rm -rf data/pretrained processed/pretrained $(PRE_SHORT) $(PRE)
+	rm -rf data/pretrained processed/pretrained $(PRE_SHORT) $(PRE_LONG) $(PRE)
 
 clean-demo:
 	rm -rf data/demo $(LISTS) processed/demo $(SHORT) $(RUN) $(SAMPLES) $(FRACTAL) $(ROLLS)
