@@ -88,6 +88,11 @@ class Family(ABC):
     def adopt(self, saved: dict[str, Any], where: str) -> None:
         """Make config.model that of the weights taken over from `where`; UserError where the user said otherwise."""
 
+    def adopt_data(self, saved: dict[str, Any], where: str) -> None:
+        """Let what config.data leaves open follow the run that the weights come from; `saved` is its config.data, empty
+        where `where` does not say. Asked before `open_data`."""
+        return None
+
     def ready(self, model: nn.Module) -> None:
         """Turn on what the settings ask for, before the first step."""
         model.gradient_checkpointing = self.settings.gradient_checkpointing

@@ -95,6 +95,7 @@ def train_rank(config: Settings, ranks: Ranks, held: ExitStack) -> int:
         fixed, progress, saved = run.parse_state(start, found)
         if settings.init_from:
             family.adopt(saved["model"], str(start))
+            family.adopt_data(saved["data"], str(start))
         run.refuse_changes(start, fixed, saved, config, rows_per_step, family.free)
         if progress.is_finished(fixed) or 0 < settings.patience <= progress.waited:
             if ranks.is_main:
@@ -103,6 +104,9 @@ def train_rank(config: Settings, ranks: Ranks, held: ExitStack) -> int:
 
     # --- data, model, optimizer
 
+    if start is None and settings.init_from:
+        theirs = ranks.broadcast(run.saved_config(settings.init_from) if ranks.is_main else None)
+        family.adopt_data(theirs.get("data", {}), settings.init_from)
     plan = family.open_data(progress.epoch)
     if start is None:
         precision = choose_precision(settings.precision, device)

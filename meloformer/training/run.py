@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from meloformer.errors import UserError
+from meloformer.pretrained import find_pretrained
 from meloformer.settings import Settings
 from meloformer.training import checkpoint
 from meloformer.training.logging import METRICS
@@ -149,6 +150,12 @@ def parse_state(folder: Path, state: dict) -> tuple[Fixed, Progress, dict]:
         return Fixed(**state["fixed"]), Progress(**state["progress"]), state["config"]
     except (KeyError, TypeError) as error:
         raise checkpoint.CheckpointError(f"{folder / checkpoint.STATE}: not a run's state ({error})") from None
+
+
+def saved_config(path: str) -> dict:
+    """The config of the run that a model comes from, a nested dict; empty where its state.json did not come along."""
+    folder = find_pretrained(path)
+    return checkpoint.read_state(folder).get("config", {}) if (folder / checkpoint.STATE).is_file() else {}
 
 
 def state_dict(fixed: Fixed, progress: Progress, config: Settings) -> dict:

@@ -2,8 +2,8 @@
 
 >>> family = Streams(Config(data=DataConfig(data_dir="processed")))   # doctest: +SKIP
 
-What surprises: `config.model` may change after a run's start, where the model is taken over from another run: what
-the user left at its default follows that run.
+What surprises: `config.model` and the length of a row may change after a run's start, where the model is taken over
+from another run: what the user left at its default follows that run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from meloformer.config import ModelConfig
+from meloformer.config import DataConfig, ModelConfig
 from meloformer.data import Corpus, RowPlan, Step
 from meloformer.data.packing import SKIP_REASONS
 from meloformer.errors import UserError
@@ -30,6 +30,7 @@ class Streams(Family):
     """A run of MeloFormer; `config` is a meloformer.config.Config."""
 
     unit = "tokens"
+    rows_from = ""  # whose rows these are, in words, where --init_from was asked
     free: ClassVar = {
         "training": ("compile", "val_task_rows"),
         "data": ("data_dir",),
@@ -81,6 +82,17 @@ class Streams(Family):
     def adopt(self, saved: dict[str, Any], where: str) -> None:
         self.config.model = adopt(self.config.model, saved, where)
 
+    def adopt_data(self, saved: dict[str, Any], where: str) -> None:
+        data = self.config.data
+        if "max_seq_len" not in data.left_open:
+            return
+        if not saved.get("max_seq_len"):
+            self.rows_from = f", the default: {where} does not say what it was trained on"
+            return
+        rows = {name: saved.get(name) for name in data.left_open}
+        self.config.data = DataConfig.from_dict({**asdict(data), **rows}, f"{where}: data")
+        self.rows_from = f", as {where} was trained on"
+
     def ready(self, model: MeloFormer) -> None:
         super().ready(model)
         if self.settings.compile:
@@ -123,9 +135,10 @@ class Streams(Family):
         d, index = self.config.data, self.corpus.index
         notes, tokens = int(index["num_notes"].sum()), int(index["num_tokens"].sum())
         held_out = self.validation
+        length = f"{d.max_seq_len:,} tokens{self.rows_from}"
         return [
             ("data", f"{self.corpus.num_pieces:,} pieces, {notes:,} notes, {tokens:,} tokens in {d.data_dir}"),
-            ("training", f"{len(plan.pieces):,} pieces in {plan.num_rows:,} rows of {d.max_seq_len:,} tokens"),
+            ("training", f"{len(plan.pieces):,} pieces in {plan.num_rows:,} rows of {length}"),
             ("held out", f"{len(held_out.pieces):,} pieces in {held_out.num_rows:,} rows"),
             ("skipped", skipped(plan) or "nothing"),
         ]
