@@ -221,7 +221,7 @@ class TrainingConfig(LoopConfig):
     def validate(self) -> None:
         super().validate()
         rows = self.val_task_rows
-        self.require(rows >= 0, "training.val_task_rows", rows, "at least 0", "see --help for the default")
+        self.require(rows >= 0, "training.val_task_rows", rows, "at least 0")
 
 
 @dataclass(kw_only=True)
@@ -267,7 +267,7 @@ class PreprocessConfig(Settings):
     def validate(self) -> None:
         for name in ("workers", "shard_size", "limit", "min_notes", "min_bars", "max_bars"):
             value = getattr(self, name)
-            self.require(value is None or value >= 1, name, value, "at least 1", "see --help for the default")
+            self.require(value is None or value >= 1, name, value, "at least 1")
         bars = f"at least min_bars ({self.min_bars})"
         self.require(self.max_bars >= self.min_bars, "max_bars", self.max_bars, bars, "lower --min_bars")
         good = self.resolution % 4 == 0 and 4 <= self.resolution <= 96

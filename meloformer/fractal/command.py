@@ -29,6 +29,7 @@ from meloformer.fractal.roll import COLUMNS_PER_BAR, NUM_PITCHES, onsets, read_r
 from meloformer.fractal.sampling import sample
 from meloformer.midi import Score
 from meloformer.report import earlier_runs, refuse_taken, write_report
+from meloformer.wording import counted
 
 MAX_FRAMES = 100  # of a GIF: 20 seconds
 
@@ -100,7 +101,7 @@ def run(config: FractalGenerateConfig) -> None:
     columns = len(names) * int((~task.keep).sum())
     record |= {"seconds": round(seconds, 2), "columns_per_second": round(columns / seconds, 1)}
     write_report(output, [*runs, record])
-    print(f"{len(names)} rolls in {seconds:.1f} s ({columns / seconds:.0f} columns/s): {output}")
+    print(f"{counted(len(names), 'roll')} in {seconds:.1f} s ({columns / seconds:.0f} columns/s): {output}")
 
 
 def generate(

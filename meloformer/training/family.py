@@ -65,6 +65,12 @@ class Family(ABC):
     data_hash: str
     data_from: str
     validation: Any
+    hold_out_more: ClassVar[str]  # what a user does to have more held out
+
+    @property
+    @abstractmethod
+    def num_held_out(self) -> int:
+        """Pieces that are held out."""
 
     @abstractmethod
     def plan(self, epoch: int) -> Any:

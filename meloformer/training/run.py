@@ -171,6 +171,7 @@ def refuse_changes(
     family = saved.get("family", "meloformer")
     if config.family != family:
         raise UserError(f"family is {config.family!r}, and {folder} was trained with {family!r}; {remedy}")
+    remedy += ", with --init_from to begin with these weights"
     for section, values in config.to_dict().items():
         allowed = {*free.get(section, ()), *(FREE if section == "training" else ())}
         for name, value in values.items() if isinstance(values, dict) else ():

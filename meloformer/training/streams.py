@@ -18,18 +18,20 @@ from meloformer.config import DataConfig, ModelConfig
 from meloformer.data import Corpus, RowPlan, Step
 from meloformer.data.packing import SKIP_REASONS
 from meloformer.errors import UserError
-from meloformer.evaluation.likelihood import evaluate_likelihood, split_batches
+from meloformer.evaluation.likelihood import TYPE_WORDS, evaluate_likelihood, split_batches
 from meloformer.evaluation.tasks import Tasks
 from meloformer.model import MeloFormer
 from meloformer.training.distributed import Ranks
 from meloformer.training.family import Family, Preview, adopt_settings
 from meloformer.training.preview import write_preview
+from meloformer.wording import counted
 
 
 class Streams(Family):
     """A run of MeloFormer; `config` is a meloformer.config.Config."""
 
     unit = "tokens"
+    hold_out_more = "raise --validation_fraction"
     rows_from = ""  # whose rows these are, in words, where --init_from was asked
     free: ClassVar = {
         "training": ("compile", "val_task_rows"),
@@ -52,13 +54,17 @@ class Streams(Family):
         self.validation = RowPlan(self.corpus, data, self.settings.seed, 0, "validation")
         if self.settings.patience and self.validation.num_rows == 0:
             raise UserError(
-                f"training.patience is {self.settings.patience}, and nothing is held out; raise --validation_fraction"
+                f"training.patience is {self.settings.patience}, and nothing is held out; {self.hold_out_more}"
             )
         self.tasks = Tasks(self.corpus, data)
         return plan
 
     def plan(self, epoch: int) -> RowPlan:
         return RowPlan(self.corpus, self.config.data, self.settings.seed, epoch, "train")
+
+    @property
+    def num_held_out(self) -> int:
+        return len(self.validation.pieces)
 
     def coordinates(self, step: Step) -> str:
         return ", ".join(
@@ -117,7 +123,8 @@ class Streams(Family):
         return f"{score:.3f} nats a note"
 
     def validation_line(self, result: dict[str, Any]) -> str:
-        by_type = "  ".join(f"{name} {entry['nats_per_token']:.2f}" for name, entry in result["by_type"].items())
+        types = result["by_type"].items()
+        by_type = "  ".join(f"{TYPE_WORDS.get(name, name)} {entry['nats_per_token']:.2f}" for name, entry in types)
         by_task = "  ".join(f"{name} {nats:.2f}" for name, nats in result["by_task"].items())
         return (
             f"{self.score_words(result['nats_per_note'])}, {result['nats_per_bar']:.1f} a bar;  a token: {by_type}"
@@ -137,9 +144,9 @@ class Streams(Family):
         held_out = self.validation
         length = f"{d.max_seq_len:,} tokens{self.rows_from}"
         return [
-            ("data", f"{self.corpus.num_pieces:,} pieces, {notes:,} notes, {tokens:,} tokens in {d.data_dir}"),
-            ("training", f"{len(plan.pieces):,} pieces in {plan.num_rows:,} rows of {length}"),
-            ("held out", f"{len(held_out.pieces):,} pieces in {held_out.num_rows:,} rows"),
+            ("data", f"{counted(self.corpus.num_pieces, 'piece')}, {notes:,} notes, {tokens:,} tokens in {d.data_dir}"),
+            ("training", f"{counted(len(plan.pieces), 'piece')} in {counted(plan.num_rows, 'row')} of {length}"),
+            ("held out", f"{counted(self.num_held_out, 'piece')} in {counted(held_out.num_rows, 'row')}"),
             ("skipped", skipped(plan) or "nothing"),
         ]
 

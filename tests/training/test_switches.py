@@ -220,6 +220,19 @@ def test_patience_ends_a_run_that_no_longer_gets_better(make_config, monkeypatch
     assert "nothing to resume" in capsys.readouterr().out
 
 
+def test_patience_on_one_held_out_piece_is_warned_of(make_config, capsys):
+    """Of nineteen pieces one was held out, and it decided when the run was over."""
+    one = {"val_max_rows": 1, "max_steps": 1, "data": {"validation_fraction": 0.05}}
+    train(make_config("patient", patience=2, **one))
+    said = capsys.readouterr().out
+    assert "held out    1 piece in 2 rows" in said
+    assert "warning     1 held-out piece to decide when patience ends the run" in said
+    assert "raise --validation_fraction" in said
+    train(make_config("impatient", **one))
+    train(make_config("many", patience=2, max_steps=1, data={"validation_fraction": 0.5}))
+    assert "warning" not in capsys.readouterr().out
+
+
 def test_patience_needs_something_held_out(make_config):
     with pytest.raises(UserError, match=r"training.patience is 2, and nothing is held out"):
         train(make_config(max_steps=1, patience=2, data={"validation_fraction": 0.0}))
