@@ -154,7 +154,9 @@ def write(
     write_roll(roll, files[0], config.tempo, task.like)
     if can_draw():
         files.append(path.with_name(f"{path.name}.png"))
-        write_png(roll, files[-1], config.stacked)
+        new = np.zeros(roll.shape[1], dtype=bool)
+        new[task.first : task.first + len(task.keep)] = ~task.keep
+        write_png(roll, files[-1], config.stacked, None if new.all() else new)
     if frames:
         files.append(path.with_name(f"{path.name}.gif"))
         write_gif(frames, files[-1])
