@@ -55,8 +55,9 @@ class Rolls(Family):
         return self.settings.save_top_k
 
     def begin(self) -> tuple[str, str | None]:
-        if len(self.config.model.generator_types) > self.config.model.num_generators:
-            last = self.config.model.generator_types[-1]
+        words = self.config.model.generator_types
+        if len(words) > self.config.model.num_generators and len(set(words)) > 1:  # else it chooses what it says
+            last = words[-1]
             print(f"generator_types: the last word ({last}) chooses nothing, that level is the velocity head")
         resume = self.settings.resume
         if resume in ("never", "auto"):
@@ -77,9 +78,7 @@ class Rolls(Family):
         self.data_hash, self.data_from = self.corpus.hash, f"--train_data {data.train_data}"
         self.validation = RollPlan(self.corpus, data, self.settings.seed, 0, "validation")
         if self.settings.patience and self.validation.num_rows == 0:
-            raise UserError(
-                f"training.patience is {self.settings.patience}, and nothing is held out; {self.hold_out_more}"
-            )
+            raise UserError(f"training.patience is {self.settings.patience}, and nothing is held out; give --val_data")
         return self.plan(epoch)
 
     def plan(self, epoch: int) -> RollPlan:
