@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, count
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from meloformer.device import choose_device
 from meloformer.errors import UserError
 from meloformer.evaluation.plots import piano_roll, require_matplotlib
 from meloformer.files import make_folder
+from meloformer.generation.chosen import chosen_words
 from meloformer.generation.engine import Sample, begin, generate
 from meloformer.generation.prompt import (
     Prompt,
@@ -49,6 +50,8 @@ from meloformer.midi.general_midi import instrument_name, parse_instrument
 from meloformer.midi.merge import MidiSource
 from meloformer.model import MeloFormer
 from meloformer.report import earlier_runs, refuse_taken, write_report
+
+WORDS_A_LINE = 8  # of the chords that a model chose; generation.json has all of them
 
 
 @dataclass
@@ -83,22 +86,30 @@ def run(config: GenerateConfig) -> None:
     model = MeloFormer.from_pretrained(config.checkpoint).to(choose_device(config.device))
     max_length = config.max_length or model.max_seq_len
     steering.require_known(model.conditions)
+    if not (config.derive or paths or model.predicted):
+        raise UserError(
+            "--no-derive needs a MIDI file to go on from, or a model that was trained with --predict_conditions; give "
+            "--prompt, or leave it out"
+        )
     derived = model.conditions if config.derive else []
     prompts = (Prompt(path, model.vocabulary, derived, model.tags) for path in paths)
     tasks = [plan(config, prompt, steering, max_length) for prompt in prompts]
+    tasks = [replace(task, request=replace(task.request, chooses=config.derive)) for task in tasks]
     jobs = [Job(task.request, group, task) for task, group in zip(tasks, names)] or [Job(request, names[0])]
     for job in jobs:
         begin(model, job.request, max_length, config.guidance)
     for task in tasks:
         if task.note:
             print(task.note)
+        if task.prompt.source.loss and not task.anew:
+            print(f"{task.prompt.path}: {task.prompt.source.loss}")
         if task.told:
             print(f"{task.prompt.path}: the model is told {task.told}")
     make_folder(output)
     for job in jobs:
         samples, seconds = _generate(model, job, config, max_length)
-        changes = [_write(job, name, sample, config, synthesizer) for name, sample in zip(job.names, samples)]
-        runs.append(_record(job, samples, changes, seconds, config))
+        changes = [_write(job, name, sample, config, synthesizer, model) for name, sample in zip(job.names, samples)]
+        runs.append(_record(job, samples, changes, seconds, config, model))
         write_report(output, runs)
 
 
@@ -129,7 +140,9 @@ def _generate(model: MeloFormer, job: Job, config: GenerateConfig, max_length: i
     return samples, time.perf_counter() - started
 
 
-def _write(job: Job, name: str, sample: Sample, config: GenerateConfig, synthesizer: Synthesizer | None) -> Counter:
+def _write(
+    job: Job, name: str, sample: Sample, config: GenerateConfig, synthesizer: Synthesizer | None, model: MeloFormer
+) -> Counter:
     """The files of a sample; counts of what writing the MIDI file changed."""
     path = Path(config.output) / f"{name}.mid"
     counts = write_midi(sample.score, path) if job.task is None else job.task.write(sample, path, config.only_new)
@@ -141,7 +154,8 @@ def _write(job: Job, name: str, sample: Sample, config: GenerateConfig, synthesi
         piano_roll(score, path.with_suffix(".png"), name, new)
     if synthesizer is not None:
         synthesizer.render(path, path.with_suffix(".wav"))
-    print(f"{path}: {describe(job, sample)}")
+    words = chosen_words(sample.chosen, model.vocabulary, model.tags, most=WORDS_A_LINE)
+    print(f"{path}: {describe(job, sample, counts)}" + (f"; the model chose {words}" if words else ""))
     return counts
 
 
@@ -154,10 +168,18 @@ def _is_new(written: MidiSource, task: Task, only_new: bool) -> np.ndarray:
     return np.array([place not in kept for place in written.places(written.score.notes)], dtype=bool)
 
 
-def _record(job: Job, samples: list[Sample], changes: list[Counter], seconds: float, config: GenerateConfig) -> dict:
+def _record(
+    job: Job,
+    samples: list[Sample],
+    changes: list[Counter],
+    seconds: float,
+    config: GenerateConfig,
+    model: MeloFormer,
+) -> dict:
     """The run's entry in generation.json; prints its last line."""
     tokens = sum(len(sample.tokens) - _given(job) for sample in samples)
-    notes = sum(_num_notes(job, sample) for sample in samples)
+    num_notes = [_num_notes(job, sample, counts) for sample, counts in zip(samples, changes)]
+    notes = sum(num_notes)
     cut = sum(sample.hit_limit for sample in samples)
     if cut:
         fewer = "--bars or --instruments" if job.task is None else "bars"
@@ -176,13 +198,14 @@ def _record(job: Job, samples: list[Sample], changes: list[Counter], seconds: fl
                 "file": f"{name}.mid",
                 "index": sample.index,
                 "tokens": len(sample.tokens) - _given(job),
-                "notes": _num_notes(job, sample),
+                "notes": written,
                 "bars": sample.score.num_bars,
                 "instruments": [instrument_name(i) for i in sample.score.instruments.tolist()],
+                "chosen": chosen_words(sample.chosen, model.vocabulary, model.tags),
                 "hit_max_length": sample.hit_limit,
                 "changes": dict(counts),
             }
-            for name, sample, counts in zip(job.names, samples, changes)
+            for name, sample, written, counts in zip(job.names, samples, num_notes, changes)
         ],
     }
 
@@ -191,16 +214,19 @@ def _given(job: Job) -> int:
     return 0 if job.request.given is None else len(job.request.given)
 
 
-def _num_notes(job: Job, sample: Sample) -> int:
-    return sample.score.num_notes if job.task is None else len(job.task.new_notes(sample))
+def _num_notes(job: Job, sample: Sample, counts: Counter) -> int:
+    """New notes that are in the sample's file, by what writing it counted."""
+    asked = sample.score.num_notes if job.task is None else len(job.task.new_notes(sample))
+    return asked - counts["held_dropped"] - counts["duplicate_dropped"]
 
 
-def describe(job: Job, sample: Sample) -> str:
-    """One line about a piece for people."""
+def describe(job: Job, sample: Sample, counts: Counter) -> str:
+    """One line about a piece for people; counts: what writing it changed."""
+    notes = _num_notes(job, sample, counts)
     if job.task is not None:
-        return f"{_num_notes(job, sample)} new notes in {job.task.cells} bars of parts"
+        return f"{notes} new notes in {job.task.cells} bars of parts"
     names = ", ".join(instrument_name(i) for i in sample.score.instruments.tolist())
-    return f"{sample.score.num_bars} bars, {sample.score.num_notes} notes: {names}"
+    return f"{sample.score.num_bars} bars, {notes} notes: {names}"
 
 
 # --- what the flags say -------------------------------------------------------------------------------------------
@@ -215,7 +241,8 @@ def read_request(config: GenerateConfig) -> Request:
             raise UserError(f"--time_signature is {config.time_signature!r}, must be like 4/4 or 6/8")
         meter = (int(numerator), int(denominator))
     instruments = None if config.instruments is None else [parse_instrument(word) for word in config.instruments]
-    return Request(config.bars, meter, config.tempo, instruments, steering=read_steering(config))
+    steering = read_steering(config)
+    return Request(config.bars, meter, config.tempo, instruments, steering=steering, chooses=config.derive)
 
 
 def read_steering(config: GenerateConfig) -> Steering:
