@@ -95,11 +95,11 @@ class GenerateConfig(Settings):
     def validate(self) -> None:
         for name in ("num_samples", "bars", "batch_size", "max_length", "continue_bars", "prompt_bars"):
             value = getattr(self, name)
-            self.require(value is None or value >= 1, name, value, "at least 1", "see --help for the default")
+            self.require(value is None or value >= 1, name, value, "at least 1")
         families = ("time", "pitch", "duration", "velocity")
         for name in ("temperature", "top_k", *(f"temperature_{family}" for family in families)):
             value = getattr(self, name)
-            self.require(value is None or value >= 0, name, value, "at least 0", "see --help for the default")
+            self.require(value is None or value >= 0, name, value, "at least 0")
         self.require_seed("seed", self.seed)
         self._validate_task()
         tempo = self.tempo

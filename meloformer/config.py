@@ -31,6 +31,7 @@ MODEL_SIZES = {
 }
 VISIBLE = {"T": ["T", "P"], "P": ["L"], "L": ["V"], "V": ["T", "P"]}
 BY_SIZE = "by model_size"
+MAX_SEQ_LEN = 24_576
 MOST_BARS = 16_384  # what model.packed has bits for
 # Names of hid.controls.CONDITIONS, again, because --help should not wait for numpy
 CONDITIONS = ("key", "chords", "tag", "density", "polyphony", "role", "bar_density")
@@ -123,7 +124,11 @@ class DataConfig(Settings):
     """What is read, how it is cut and packed into rows, and how it is varied."""
 
     data_dir: str = option(help="folder that preprocess_data.py wrote")
-    max_seq_len: int = option(24576, "tokens in a row of a batch; a longer piece is cut along bars")
+    max_seq_len: int | None = option(
+        None,
+        "tokens in a row of a batch; a longer piece is cut along bars",
+        shown=f"{MAX_SEQ_LEN}; with init_from what that was trained on",
+    )
     max_segments: int | None = option(None, "summaries in a row", shown="max_seq_len / 12, rounded up to 128s")
     max_bars: int = option(2048, "a piece with more bars than this is skipped")
     max_samples: int | None = option(None, "use only this many pieces", shown="all")
@@ -156,6 +161,10 @@ class DataConfig(Settings):
     )
 
     def __post_init__(self):
+        # What --init_from may decide (meloformer.training.streams)
+        self.left_open = [name for name in ("max_seq_len", "max_segments") if getattr(self, name) is None]
+        if self.max_seq_len is None:
+            self.max_seq_len = MAX_SEQ_LEN
         if self.max_segments is None:
             self.max_segments = -(-self.max_seq_len // (12 * 128)) * 128
 
@@ -172,7 +181,8 @@ class DataConfig(Settings):
             remedy = f"raise --{name}_probability" if self.bare_probability < 1 else "lower --bare_probability"
             require(name in self.given_conditions(), "data.predict_conditions", name, "one that is ever given", remedy)
         require(self.data_dir != "", "data.data_dir", "", "a folder", "give --data_dir")
-        require(self.max_seq_len >= 16, "data.max_seq_len", self.max_seq_len, "at least 16", "24576 is the default")
+        rows = self.max_seq_len
+        require(rows >= 16, "data.max_seq_len", rows, "at least 16", f"{MAX_SEQ_LEN} is the default")
         require(self.max_segments >= 1, "data.max_segments", self.max_segments, "at least 1", "leave it out")
         require(
             1 <= self.max_bars <= MOST_BARS,
@@ -215,7 +225,7 @@ class TrainingConfig(LoopConfig):
     def validate(self) -> None:
         super().validate()
         rows = self.val_task_rows
-        self.require(rows >= 0, "training.val_task_rows", rows, "at least 0", "see --help for the default")
+        self.require(rows >= 0, "training.val_task_rows", rows, "at least 0")
 
 
 @dataclass(kw_only=True)
@@ -261,7 +271,7 @@ class PreprocessConfig(Settings):
     def validate(self) -> None:
         for name in ("workers", "shard_size", "limit", "min_notes", "min_bars", "max_bars"):
             value = getattr(self, name)
-            self.require(value is None or value >= 1, name, value, "at least 1", "see --help for the default")
+            self.require(value is None or value >= 1, name, value, "at least 1")
         bars = f"at least min_bars ({self.min_bars})"
         self.require(self.max_bars >= self.min_bars, "max_bars", self.max_bars, bars, "lower --min_bars")
         good = self.resolution % 4 == 0 and 4 <= self.resolution <= 96

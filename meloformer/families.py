@@ -33,7 +33,8 @@ FAMILIES = {
 
 
 def family_of_command_line(argv: Sequence[str] | None = None) -> str:
-    """The name of the family that these words mean (None: this process's own)."""
+    """The name of the family that these words mean (None: this process's own); UserError where --checkpoint names no
+    model, unless --help is asked for."""
     words = list(sys.argv[1:] if argv is None else argv)
     given = _value(words, "family")
     config = _value(words, "config")
@@ -46,7 +47,9 @@ def family_of_command_line(argv: Sequence[str] | None = None) -> str:
         checkpoint = _value(words, "checkpoint")
         try:
             return "meloformer" if checkpoint is None else family_of(checkpoint)
-        except UserError:  # no model there: said again, and better, by the command that wants it
+        except UserError:  # said first: flags of the family that the model would be of are no mistake
+            if {"-h", "--help"}.isdisjoint(words):
+                raise
             return "meloformer"
     if not isinstance(given, str) or given not in FAMILIES:
         raise UserError(f"--family is {given!r}, must be one of {', '.join(FAMILIES)}")

@@ -73,18 +73,18 @@ class LoopConfig(Settings):
         at_least_one = ("epochs", "max_steps", "batch_size", "gradient_accumulation_steps", "max_nonfinite_steps")
         for name in (*at_least_one, "val_interval", "val_max_rows", "save_interval", "keep_last", "log_interval"):
             value = getattr(self, name)
-            self.require(value is None or value >= 1, f"training.{name}", value, "at least 1", "see --help")
+            self.require(value is None or value >= 1, f"training.{name}", value, "at least 1")
         for name in ("learning_rate", "max_grad_norm"):
             value = getattr(self, name)
-            self.require(value > 0, f"training.{name}", value, "above 0", "see --help for the default")
+            self.require(value > 0, f"training.{name}", value, "above 0")
         not_negative = ("min_lr", "warmup_steps", "weight_decay", "num_workers", "patience")
         for name in (*not_negative, "sample_interval"):
             value = getattr(self, name)
-            self.require(value >= 0, f"training.{name}", value, "at least 0", "see --help for the default")
+            self.require(value >= 0, f"training.{name}", value, "at least 0")
         self.require_seed("training.seed", self.seed)
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
-            self.require(0 <= value < 1, f"training.{name}", value, "from 0 to below 1", "see --help for the default")
+            self.require(0 <= value < 1, f"training.{name}", value, "from 0 to below 1")
         self.require(
             self.min_lr <= self.learning_rate,
             "training.min_lr",

@@ -115,10 +115,10 @@ class Settings:
         self.require(0 <= seed < 2**63, key, seed, "from 0 to 2**63 - 1", "0 is the default")
 
     @staticmethod
-    def require(good: bool, key: str, received: Any, accepted: str, remedy: str) -> None:
-        """UserError of one line unless `good`."""
+    def require(good: bool, key: str, received: Any, accepted: str, remedy: str = "") -> None:
+        """UserError of one line unless `good`; without `remedy` where what is accepted says it all."""
         if not good:
-            raise UserError(f"{key} is {received!r}, must be {accepted}; {remedy}")
+            raise UserError(f"{key} is {received!r}, must be {accepted}{remedy and '; '}{remedy}")
 
 
 # What PyYAML answers with: to bad syntax, but also to a 30th of February, to a list as a key, to `!!bool maybe`.

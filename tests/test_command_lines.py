@@ -78,7 +78,7 @@ def test_help_is_grouped_and_shows_defaults():
     help_text = " ".join(run("train.py", "--help").stdout.split())
     places = [help_text.index(title) for title in ("the model:", "the data:", "training:")]
     assert places == sorted(places)
-    assert "(default: 24576)" in help_text and "(required)" in help_text
+    assert "(default: 24576; with init_from what that was trained on)" in help_text and "(required)" in help_text
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from meloformer.midi import Score, read_score, write_midi
 from meloformer.midi.general_midi import instrument_name
 from meloformer.midi.score import DRUMS
 from meloformer.midi.unheard import count_unheard
+from meloformer.wording import counted
 
 MOST_CHORDS = 24  # that are shown of a piece
 QUANTILES = (0, 25, 50, 75, 90, 95, 99, 100)
@@ -115,9 +116,11 @@ def describe_corpus(corpus: Corpus, max_seq_len: int, max_bars: int) -> str:
     totals = meta["totals"]
     size = sum(shard["bytes"] for shard in meta["shards"])
     lines = [
-        f"{corpus.path}: {totals['pieces']:,} pieces in {totals['clusters']:,} clusters from {totals['files']:,} files",
+        f"{corpus.path}: {counted(totals['pieces'], 'piece')} in {counted(totals['clusters'], 'cluster')} from "
+        f"{counted(totals['files'], 'file')}",
         f"{totals['notes']:,} notes, {totals['tokens']:,} tokens, {totals['bars']:,} bars, {totals['hours']:,} hours",
-        f"{len(meta['shards'])} shards, {size:,} bytes, {size / max(totals['tokens'], 1):.2f} a token, checksums right",
+        f"{counted(len(meta['shards']), 'shard')}, {size:,} bytes, {size / max(totals['tokens'], 1):.2f} a token, "
+        "checksums right",
     ]
     lines.append(
         f"conditions: {'derived' if corpus.has_conditions else 'none'}; tags: {', '.join(corpus.tags) or 'none'}"

@@ -70,13 +70,24 @@ def _context(modules: Sequence[str]):
     return context
 
 
+def _start_server() -> None:
+    """Start the fork server, where it does not run, deaf to Ctrl-C, as the workers will be that it forks: that is for
+    the parent to answer, and one that came while they import modules was answered with a traceback of theirs."""
+    from multiprocessing import forkserver, resource_tracker
+
+    resource_tracker.ensure_running()  # first: on the way it unblocks the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def begin_imports(*modules: str) -> None:
     """Start the fork server of the pools to come: it imports the modules while this process does other things."""
     if _context(modules).get_start_method() == "forkserver":
-        from multiprocessing.forkserver import ensure_running
-
         with suppress(OSError):  # nowhere to write, as on a full disk: the pool will say so
-            ensure_running()
+            _start_server()
 
 
 def _limit_memory(megabytes: int) -> None:
@@ -100,7 +111,7 @@ def _serve(connection: Connection, done: Any, factory: Callable, argument: Any, 
 
     `done` is memory shared with the parent: how many tasks of the batch at hand have a result.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer; here for want of a fork server
     call = factory(argument)
     _limit_memory(memory)
     try:
@@ -174,6 +185,8 @@ class Pool:
 
     def __init__(self, factory: Callable, argument: Any, workers: int, timeout: float, memory: int):
         self._context = _context([factory.__module__])
+        if self._context.get_start_method() == "forkserver":
+            _start_server()
         self._arguments = (factory, argument, timeout, memory)
         self._timeout, self._memory = timeout, memory
         self._workers = [self._start() for _ in range(workers)]

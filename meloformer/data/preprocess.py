@@ -34,6 +34,7 @@ from meloformer.data.pool import Failure, Pool
 from meloformer.data.sources import Input, Source
 from meloformer.data.writer import CorpusWriter, settings_of
 from meloformer.errors import UserError
+from meloformer.wording import counted
 
 POSTFIX_SECONDS = 0.2  # between two looks of the progress bar at the totals
 
@@ -131,7 +132,7 @@ def _refuse_nothing(config: PreprocessConfig, source: Input, writer: CorpusWrite
     if not existed:
         output.rmdir()
     raise UserError(
-        f"{config.input}: none of {source.files} files can be used ({reasons}); the first, {name}: {detail}"
+        f"{config.input}: none of {counted(source.files, 'file')} can be used ({reasons}); the first, {name}: {detail}"
     )
 
 
@@ -142,10 +143,10 @@ def _reasons(counts: dict[str, int]) -> str:
 def summary(meta: dict, output: Path) -> str:
     """One line: what is there, and what to run next."""
     totals, rejected, shards = meta["totals"], meta["rejected"], len(meta["shards"])
-    text = f"{totals['pieces']:,} pieces, {totals['notes']:,} notes, {totals['tokens']:,} tokens"
-    text += f" in {shards} shard{'s' if shards != 1 else ''}: {output}"
+    text = f"{counted(totals['pieces'], 'piece')}, {totals['notes']:,} notes, {totals['tokens']:,} tokens"
+    text += f" in {counted(shards, 'shard')}: {output}"
     if rejected:
-        left_out = f"{sum(rejected.values())} of {totals['files']} files left out ({_reasons(rejected)})"
+        left_out = f"{sum(rejected.values())} of {counted(totals['files'], 'file')} left out ({_reasons(rejected)})"
         text += f"; {left_out}, listed in {REJECTED}"
     part = meta["settings"]["part"]
     if part is not None:

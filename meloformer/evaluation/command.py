@@ -34,12 +34,14 @@ from meloformer.evaluation import conditions, obedience
 from meloformer.evaluation.baselines import evaluate_baselines
 from meloformer.evaluation.by_piece import evaluate_pieces
 from meloformer.evaluation.compare import compare
+from meloformer.evaluation.likelihood import TYPE_WORDS
 from meloformer.evaluation.predicted import Predicted
 from meloformer.files import require_file, write_atomic
 from meloformer.hid.controls import CONDITIONS
 from meloformer.model import MeloFormer
 from meloformer.pretrained import find_pretrained
 from meloformer.training.checkpoint import read_state
+from meloformer.wording import counted
 
 EVALUATION = "evaluation.json"
 
@@ -123,7 +125,7 @@ def report(evaluation: dict) -> str:
     """The numbers as text: the model and the baselines, then the model by token type, by bar, and how sure it is."""
     lines = [
         f"{evaluation['checkpoint']}, step {evaluation['step']}: {evaluation['split']} split, "
-        f"{evaluation['pieces']:,} pieces, {evaluation['notes']:,} notes, {evaluation['bars']:,} bars, "
+        f"{counted(evaluation['pieces'], 'piece')}, {evaluation['notes']:,} notes, {evaluation['bars']:,} bars, "
         f"in rows of {evaluation['max_seq_len']:,} tokens",
         "",
         f"{'':14}{'nats a note':>12}{'a bar':>10}{'a token':>10}{'perplexity':>12}",
@@ -137,8 +139,8 @@ def report(evaluation: dict) -> str:
     lines += ["", f"{'by type':14}{'tokens':>12}{'share':>10}{'a token':>10}"]
     for name, entry in evaluation["by_type"].items():
         share = entry["nats"] / evaluation["nats"] if evaluation["nats"] else 0.0
-        shown = "apart" if name in CONDITIONS else f"{share:.1%}"
-        lines.append(f"{name:14}{entry['tokens']:12,}{shown:>10}{entry['nats_per_token']:10.3f}")
+        shown, word = "apart" if name in CONDITIONS else f"{share:.1%}", TYPE_WORDS.get(name, name)
+        lines.append(f"{word:14}{entry['tokens']:12,}{shown:>10}{entry['nats_per_token']:10.3f}")
     lines += ["", f"{'bars':14}{'notes':>12}{'nats a note':>14}"]
     for entry in evaluation["by_bar"]:
         lines.append(f"{entry['bars']:14}{entry['notes']:12,}{entry['nats_per_note']:14.3f}")

@@ -32,6 +32,11 @@ STYLES = {
     "loop of four bars": ("#b8a01f", 1.1, "8 3"),
 }
 VIEW_NAMES = {"pitched": "pitched tracks together", "drums": "drums", "tracks": "single tracks"}
+HALVES = (
+    "<p>The reference is cut at random into two halves. <b>real</b> is the one that everything is compared with; "
+    "<b>second half</b> is real music compared with it in the same way, and so shows how far apart music of one kind "
+    "lies. The last columns are controls, the second half spoilt on purpose, and have to be further away.</p>"
+)
 STYLE = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 system-ui, sans-serif; color: #2b2d33; background: #fff; margin: 2rem auto; max-width: 1180px;
@@ -72,7 +77,7 @@ def html_report(report: Mapping) -> str:
     for view in VIEWS:
         curves = {name: report["curves"][name][view] for name in STYLES}
         parts.append(line_chart(f"similarity, {VIEW_NAMES[view]}", curves, report["curve_bands"][view]))
-    parts += ["</div>", "<h2>All figures</h2>", _numbers(report), _verdicts(report)]
+    parts += ["</div>", "<h2>All figures</h2>", HALVES, _numbers(report), _verdicts(report)]
     if report["memorisation"]:
         parts += ["<h2>Copies of the training music</h2>", _memory(report["memorisation"])]
     parts += [
@@ -219,7 +224,9 @@ def histogram(title: str, values: Mapping[str, Sequence]) -> str:
     if not len(everything):
         return ""
     low, high = (float(q) for q in np.quantile(everything, [0.005, 0.995]))
-    low, high = (low, high) if high > low else (low - 0.5, low + 0.5)
+    if not high > low:  # all the same; a rate has no negative half
+        low = max(low - 0.5, 0.0) if low >= 0 else low - 0.5
+        high = low + 1
     edges = np.linspace(low, high, BINS + 1)
     shares = {
         name: np.histogram(np.clip(found, low, high), edges)[0] / max(len(found), 1) for name, found in sets.items()
@@ -227,7 +234,8 @@ def histogram(title: str, values: Mapping[str, Sequence]) -> str:
     x = _Axis(low, high, LEFT, WIDTH - RIGHT)
     y = _Axis(0, _ceiling(max(float(share.max()) for share in shares.values())), HEIGHT - BOTTOM, TOP)
     parts = _frame(title, y, percent=True)
-    for tick in np.linspace(low, high, 5):
+    step = _step((high - low) / 5)
+    for tick in np.arange(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1) * step:
         parts.append(f"<text x='{x(tick):.1f}' y='{HEIGHT - BOTTOM + 14}' text-anchor='middle'>{tick:.3g}</text>")
     for name, share in shares.items():
         colour, width, _ = STYLES[name]
@@ -252,10 +260,23 @@ class _Axis:
         return self.start + (self.end - self.start) * (value - self.low) / (self.high - self.low)
 
 
+def _step(least: float) -> float:
+    """The next round number from `least` on, for ticks so far apart.
+
+    >>> _step(0.093), _step(7)
+    (0.1, 8.0)
+    """
+    if not least > 0:
+        return 1.0
+    unit = 10.0 ** math.floor(math.log10(least))
+    quarters = (2.5,) if unit >= 0.1 else ()  # a quarter, but not 2.5 %, which would be shown as 2 %
+    multiples = sorted((1, 2, *quarters, 3, 4, 5, 6, 8, 10))
+    return next(round(m * unit, 12) for m in multiples if m * unit >= least * (1 - 1e-9))
+
+
 def _ceiling(value: float) -> float:
-    """The next of 1, 2, 5, 10 .. of its size, in quarters."""
-    unit = 10.0 ** math.floor(math.log10(value)) / 4 if value > 0 else 1.0
-    return math.ceil(value / unit) * unit
+    """Four round steps that reach `value`."""
+    return 4 * _step(value / 4)
 
 
 def _frame(title: str, y: _Axis, percent: bool = False) -> list[str]:

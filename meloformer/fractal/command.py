@@ -26,9 +26,10 @@ from meloformer.fractal.model import FractalMIDI
 from meloformer.fractal.pictures import can_draw, require_pictures, write_gif, write_png
 from meloformer.fractal.request import FractalGenerateConfig
 from meloformer.fractal.roll import COLUMNS_PER_BAR, NUM_PITCHES, onsets, read_roll, write_roll
-from meloformer.fractal.sampling import sample
+from meloformer.fractal.sampling import DEFAULT_ROUNDS, sample
 from meloformer.midi import Score
 from meloformer.report import earlier_runs, refuse_taken, write_report
+from meloformer.wording import counted
 
 MAX_FRAMES = 100  # of a GIF: 20 seconds
 
@@ -73,6 +74,10 @@ def run(config: FractalGenerateConfig) -> None:
             f"--num_iter_list {' '.join(map(str, given))}: {len(given)} numbers, and {config.checkpoint} has {levels} "
             f"levels; give {levels}, or {levels + 1} (the last selects nothing)"
         )
+    idle = [str(i + 1) for i, kind in enumerate(model.config.kinds) if kind == "ar"]
+    if idle and given != list(DEFAULT_ROUNDS):  # these may not have been given
+        which = f"number {idle[0]} chooses" if len(idle) == 1 else f"numbers {', '.join(idle)} choose"
+        print(f"--num_iter_list {' '.join(map(str, given))}: {which} nothing, ar levels go patch by patch")
     task = plan(config, config.target_width or model.crop_length)
     names = [f"{task.name}_seed{config.seed}_{i:03d}" for i in range(config.num_samples)]
     refuse_taken(output, runs, names)
@@ -100,7 +105,7 @@ def run(config: FractalGenerateConfig) -> None:
     columns = len(names) * int((~task.keep).sum())
     record |= {"seconds": round(seconds, 2), "columns_per_second": round(columns / seconds, 1)}
     write_report(output, [*runs, record])
-    print(f"{len(names)} rolls in {seconds:.1f} s ({columns / seconds:.0f} columns/s): {output}")
+    print(f"{counted(len(names), 'roll')} in {seconds:.1f} s ({columns / seconds:.0f} columns/s): {output}")
 
 
 def generate(
@@ -153,7 +158,9 @@ def write(
     write_roll(roll, files[0], config.tempo, task.like)
     if can_draw():
         files.append(path.with_name(f"{path.name}.png"))
-        write_png(roll, files[-1], config.stacked)
+        new = np.zeros(roll.shape[1], dtype=bool)
+        new[task.first : task.first + len(task.keep)] = ~task.keep
+        write_png(roll, files[-1], config.stacked, None if new.all() else new)
     if frames:
         files.append(path.with_name(f"{path.name}.gif"))
         write_gif(frames, files[-1])

@@ -21,7 +21,6 @@ from meloformer.settings import Settings, option
 PITCHES = 128
 GENERATOR_TYPES = ("mar", "ar")
 SIZES, WIDTHS, BLOCKS, HEADS = [128, 16, 4, 1], [512, 256, 128, 64], [12, 3, 2, 1], [8, 4, 2, 2]
-SEE_DEFAULT = "see --help for the default"
 
 
 @dataclass(kw_only=True)
@@ -116,10 +115,8 @@ class FractalModel(Settings):
             f"{len(sizes) - 1} or {len(sizes)} words, each mar or ar",
             "such as " + ",".join(["mar"] * len(sizes)),
         )
-        require(
-            0 < self.mask_ratio_loc <= 1, "model.mask_ratio_loc", self.mask_ratio_loc, "above 0, at most 1", SEE_DEFAULT
-        )
-        require(self.mask_ratio_scale > 0, "model.mask_ratio_scale", self.mask_ratio_scale, "above 0", SEE_DEFAULT)
+        require(0 < self.mask_ratio_loc <= 1, "model.mask_ratio_loc", self.mask_ratio_loc, "above 0, at most 1")
+        require(self.mask_ratio_scale > 0, "model.mask_ratio_scale", self.mask_ratio_scale, "above 0")
         fraction = self.silent_fraction
         require(0 < fraction <= 1, "model.silent_fraction", fraction, "above 0, at most 1", "1 goes into all")
         require(0 <= self.dropout < 1, "model.dropout", self.dropout, "from 0 to below 1", "0 turns it off")
@@ -142,10 +139,10 @@ class FractalData(Settings):
         require(self.train_data != "", "data.train_data", "", "a text file", "give --train_data")
         nearest = max(4, (crop + 2) // 4 * 4)
         require(crop >= 4 and crop % 4 == 0, "data.crop_length", crop, "a multiple of 4", f"{nearest} is the nearest")
-        require(self.augment_factor >= 1, "data.augment_factor", self.augment_factor, "at least 1", SEE_DEFAULT)
+        require(self.augment_factor >= 1, "data.augment_factor", self.augment_factor, "at least 1")
         low, high = self.pitch_shift_min, self.pitch_shift_max
         for name, value in (("min", low), ("max", high)):
-            require(-48 <= value <= 48, f"data.pitch_shift_{name}", value, "from -48 to 48 semitones", SEE_DEFAULT)
+            require(-48 <= value <= 48, f"data.pitch_shift_{name}", value, "from -48 to 48 semitones")
         require(low <= high, "data.pitch_shift_min", low, f"at most pitch_shift_max ({high})", "lower it")
 
 
@@ -208,13 +205,13 @@ class FractalTraining(LoopConfig):
         super().validate()
         for name in ("val_batch_size", "save_top_k", "num_images_to_log"):
             value = getattr(self, name)
-            self.require(value >= 1, f"training.{name}", value, "at least 1", SEE_DEFAULT)
+            self.require(value >= 1, f"training.{name}", value, "at least 1")
         width = self.generation_length
         good = width is None or (width >= 4 and width % 4 == 0)
         self.require(good, "training.generation_length", width, "a multiple of 4", "leave it out for crop_length")
         rounds = self.preview_num_iter_list
         good = rounds is None or min(rounds, default=0) >= 1
-        self.require(good, "training.preview_num_iter_list", rounds, "numbers from 1 on", SEE_DEFAULT)
+        self.require(good, "training.preview_num_iter_list", rounds, "numbers from 1 on")
 
 
 @dataclass(kw_only=True)
@@ -234,7 +231,6 @@ class FractalConfig(Settings):
             "training.preview_num_iter_list",
             rounds,
             f"{levels} numbers, one for each level, or {levels + 1}",
-            SEE_DEFAULT,
         )
 
 
@@ -252,7 +248,7 @@ class FractalEvaluateConfig(Settings):
     output: str | None = option(None, "file for the numbers", shown="evaluation.json in the run's folder")
 
     def validate(self) -> None:
-        self.require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1", SEE_DEFAULT)
+        self.require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
         crop = self.crop_length
         good = crop is None or (crop >= 4 and crop % 4 == 0)
         self.require(good, "crop_length", crop, "a multiple of 4", "leave it out for the run's own")

@@ -31,6 +31,7 @@ from meloformer.data.draws import key, uniform
 from meloformer.errors import UserError
 from meloformer.fractal.roll import NUM_PITCHES, RollLoss, read_roll
 from meloformer.midi import MidiError
+from meloformer.wording import counted
 
 if TYPE_CHECKING:
     from meloformer.fractal.config import FractalData
@@ -99,7 +100,9 @@ class RollCorpus:
             self.pieces[split] = np.arange(before, len(self.paths))
             digest.update(f"{split} {len(self.paths) - before}".encode())
             if listed and len(self.paths) == before:
-                raise UserError(f"--{flag} {path}: none of its {len(listed)} files can be used; {self.refused[-1]}")
+                raise UserError(
+                    f"--{flag} {path}: none of its {counted(len(listed), 'file')} can be used; {self.refused[-1]}"
+                )
         self.widths = np.array(widths, dtype=np.int64)
         self.loss = RollLoss(*loss.tolist())
         self.hash = digest.hexdigest()[:16]

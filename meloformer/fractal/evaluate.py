@@ -30,6 +30,7 @@ from meloformer.fractal.likelihood import evaluate_likelihood
 from meloformer.fractal.model import FractalMIDI
 from meloformer.pretrained import find_pretrained
 from meloformer.training.checkpoint import read_state
+from meloformer.wording import counted
 
 
 def run(config: FractalEvaluateConfig) -> dict:
@@ -66,6 +67,7 @@ def run(config: FractalEvaluateConfig) -> dict:
     print(
         f"{folder}, step {evaluation['step']}: {likelihood['nats_per_cell']:.4f} nats a cell, "
         f"{likelihood['of_unigram']:.3f} of the unigram entropy {likelihood['unigram_nats_per_cell']:.4f}, on "
-        f"{evaluation['pieces']} pieces in {likelihood['rolls']} rolls of {crop_length} columns\nwritten to {output}"
+        f"{counted(evaluation['pieces'], 'piece')} in {counted(likelihood['rolls'], 'roll')} of "
+        f"{crop_length} columns\nwritten to {output}"
     )
     return evaluation

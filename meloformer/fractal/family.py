@@ -34,6 +34,7 @@ from meloformer.fractal.sampling import preview_rounds, sample
 from meloformer.training import checkpoint
 from meloformer.training.distributed import Ranks
 from meloformer.training.family import Family, Preview, adopt_settings
+from meloformer.wording import counted
 
 STRIP = 8  # frames of a generation beside each other in TensorBoard, which shows no GIF
 
@@ -42,6 +43,7 @@ class Rolls(Family):
     """A run of FractalMIDI; `config` is a meloformer.fractal.config.FractalConfig."""
 
     unit = "cells"
+    hold_out_more = "list more in --val_data"
     free: ClassVar = {
         "training": ("val_batch_size", "save_top_k", "num_images_to_log", "generation_length", "preview_num_iter_list"),
         "data": ("train_data", "val_data", "cache_in_memory"),
@@ -53,8 +55,9 @@ class Rolls(Family):
         return self.settings.save_top_k
 
     def begin(self) -> tuple[str, str | None]:
-        if len(self.config.model.generator_types) > self.config.model.num_generators:
-            last = self.config.model.generator_types[-1]
+        words = self.config.model.generator_types
+        if len(words) > self.config.model.num_generators and len(set(words)) > 1:  # else it chooses what it says
+            last = words[-1]
             print(f"generator_types: the last word ({last}) chooses nothing, that level is the velocity head")
         resume = self.settings.resume
         if resume in ("never", "auto"):
@@ -80,6 +83,10 @@ class Rolls(Family):
 
     def plan(self, epoch: int) -> RollPlan:
         return RollPlan(self.corpus, self.config.data, self.settings.seed, epoch, "train")
+
+    @property
+    def num_held_out(self) -> int:
+        return len(self.corpus.pieces["validation"])
 
     def coordinates(self, step: Step) -> str:
         return ", ".join(str(crop) for rows in step.documents for crops in rows for crop in crops)
@@ -146,7 +153,7 @@ class Rolls(Family):
         return (
             f"{self.score_words(result['nats_per_cell'])}, {result['of_unigram']:.3f} of the unigram entropy "
             f"{result['unigram_nats_per_cell']:.4f};  {result['silent']['share']:.0%} of it for silence;  "
-            f"{result['rolls']} rolls"
+            f"{counted(result['rolls'], 'roll')}"
         )
 
     def checkpoint_name(self, step: int, score: float | None) -> str:
@@ -197,11 +204,17 @@ class Rolls(Family):
     def about_data(self, plan: RollPlan) -> list[tuple[str, str]]:
         corpus, length, loss = self.corpus, self.config.data.crop_length, self.corpus.loss
         pieces = {split: len(numbers) for split, numbers in corpus.pieces.items()}
-        refused = f"{len(corpus.refused):,} files; {corpus.refused[0]}" if corpus.refused else "nothing"
+        refused = f"{counted(len(corpus.refused), 'file')}; {corpus.refused[0]}" if corpus.refused else "nothing"
         return [
-            ("data", f"{corpus.num_pieces:,} pieces, {int(corpus.widths.sum()):,} columns of a sixteenth note"),
-            ("training", f"{pieces['train']:,} pieces in {plan.num_rows:,} crops of {length} columns an epoch"),
-            ("held out", f"{pieces['validation']:,} pieces in {self.validation.num_rows:,} rolls"),
+            (
+                "data",
+                f"{counted(corpus.num_pieces, 'piece')}, {int(corpus.widths.sum()):,} columns of a sixteenth note",
+            ),
+            (
+                "training",
+                f"{counted(pieces['train'], 'piece')} in {counted(plan.num_rows, 'crop')} of {length} columns an epoch",
+            ),
+            ("held out", f"{counted(self.num_held_out, 'piece')} in {counted(self.validation.num_rows, 'roll')}"),
             ("lost", f"{loss.lost:,} of {loss.notes:,} notes ({loss.share:.1%}), which no roll can show"),
             ("refused", refused),
         ]

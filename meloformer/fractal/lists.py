@@ -27,6 +27,7 @@ from meloformer.data.packing import hold_out
 from meloformer.data.sources import Input
 from meloformer.errors import UserError, exit_cleanly
 from meloformer.files import write_atomic
+from meloformer.wording import counted
 
 TRAIN, VALIDATION = "train.txt", "valid.txt"
 
@@ -49,7 +50,7 @@ def write_lists(
         contents.append(result.content)
         shingles.append(result.shingles)
     if not paths:
-        raise UserError(f"{given}: none of its {files.files} files can be used")
+        raise UserError(f"{given}: none of its {counted(files.files, 'file')} can be used")
     with tempfile.TemporaryDirectory() as work:
         clusters = cluster(np.array(contents, dtype=np.uint64), shingles, Path(work))
     held_out = hold_out(clusters, fraction, seed, given)
@@ -74,7 +75,7 @@ def main() -> None:
     parser.add_argument("--validation_seed", type=int, default=0, help="which are held out (default: 0)")
     arguments = parser.parse_args()
     sizes = write_lists(arguments.input, arguments.output, arguments.validation_fraction, arguments.validation_seed)
-    print(", ".join(f"{arguments.output / name}: {number} files" for name, number in sizes.items()))
+    print(", ".join(f"{arguments.output / name}: {counted(number, 'file')}" for name, number in sizes.items()))
 
 
 if __name__ == "__main__":

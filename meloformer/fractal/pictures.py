@@ -1,7 +1,9 @@
 """Rolls as pictures: a PNG of one, the picture of a long one as two stacked halves, a GIF of how one came about.
 
 In: (128, T) uint8 rolls, cells 0..127 (meloformer.fractal.roll). Out: `SCALE` x `SCALE` pixels a cell, high pitches
-above, time to the right, in viridis: silence is its darkest colour, 127 its lightest.
+above, time to the right, in viridis: silence is its darkest colour, 127 its lightest. Around a PNG stand bar numbers
+(of 4/4), octaves and the scale of velocities, and a frame where something was written into a prompt; GIFs and
+TensorBoard's pictures are cells alone.
 
 >>> write_png(roll, "roll.png")                         # doctest: +SKIP
 >>> write_gif(frames, "roll.gif")                       # the rolls of a generation in progress   # doctest: +SKIP
@@ -21,10 +23,15 @@ import numpy as np
 
 from meloformer.errors import UserError
 from meloformer.files import write_atomic
+from meloformer.fractal.roll import COLUMNS_PER_BAR, NUM_PITCHES
 
 MAX_VELOCITY = 127
 FRAME_MILLISECONDS = 200
 SCALE = 3
+# Margins in pixels: octaves on the left, bars below, velocities on the right
+LEFT, TOP, BOTTOM, RIGHT = 28, 6, 20, 52
+PAPER, INK, FRAME = (255, 255, 255), (90, 90, 90), (255, 127, 14)
+LABEL = 24  # pixels that a bar's number needs
 
 
 def can_draw() -> bool:
@@ -66,18 +73,74 @@ def viridis() -> np.ndarray:
     return (colormaps["viridis"](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
 
 
-def write_png(roll: np.ndarray, path: str | Path, stacked: bool = False) -> None:
-    """One roll, whole or absent; UserError without Pillow, or where the folder cannot be written."""
+def write_png(roll: np.ndarray, path: str | Path, stacked: bool = False, written: np.ndarray | None = None) -> None:
+    """One roll between its axes, whole or absent; `written`, (T,) bool, are columns to put into a frame. UserError
+    without Pillow, or where the folder cannot be written."""
+    cells = picture(roll, stacked)
+    from PIL import Image, ImageDraw
+
+    strips = np.split(cells, cells.shape[0] // (NUM_PITCHES * SCALE))  # one above the other
+    height, width = strips[0].shape[:2]
+    image = Image.new("RGB", (LEFT + width + RIGHT, (TOP + height + BOTTOM) * len(strips)), PAPER)
+    draw = ImageDraw.Draw(image)
+    new = np.zeros(len(strips) * width // SCALE, dtype=bool)
+    if written is not None:
+        new[: len(written)] = written
+    for i, (strip, mine) in enumerate(zip(strips, np.split(new, len(strips)))):
+        top = i * (TOP + height + BOTTOM) + TOP
+        image.paste(Image.fromarray(strip), (LEFT, top))
+        _axes(draw, top, width // SCALE, i * width // SCALE)
+        for first, end in _stretches(mine):
+            draw.rectangle((LEFT + first * SCALE, top, LEFT + end * SCALE - 1, top + height - 1), outline=FRAME)
+    _velocities(image, draw, LEFT + width, height)
     buffer = io.BytesIO()
-    _image(roll, stacked).save(buffer, format="PNG")
+    image.save(buffer, format="PNG")
     _write(path, buffer)
+
+
+def _axes(draw, top: int, columns: int, first: int) -> None:
+    """Octaves and bars of a strip that begins at column `first` of its roll, as far as there is room for them."""
+    bottom = top + NUM_PITCHES * SCALE
+    for octave in range(0, 10):
+        y = bottom - (12 * (octave + 1)) * SCALE - SCALE / 2  # the middle of its C; C4 is pitch 60
+        draw.line((LEFT - 4, y, LEFT - 1, y), fill=INK)
+        draw.text((LEFT - 6, y), f"C{octave}", fill=INK, anchor="rm")
+    every = 1
+    while every * COLUMNS_PER_BAR * SCALE < LABEL:
+        every *= 2
+    for column in range(-first % COLUMNS_PER_BAR, columns, COLUMNS_PER_BAR):
+        bar, x = (first + column) // COLUMNS_PER_BAR, LEFT + column * SCALE
+        draw.line((x, bottom, x, bottom + 3), fill=INK)
+        if bar % every == 0:
+            draw.text((x + 2, bottom + 4), str(bar + 1), fill=INK)
+
+
+def _velocities(image, draw, left: int, height: int) -> None:
+    """The scale of colours, to the right of the first strip."""
+    from PIL import Image
+
+    shades = np.rint(np.linspace(255, 0, height)).astype(np.uint8)
+    image.paste(Image.fromarray(viridis()[np.repeat(shades[:, None], 10, axis=1)]), (left + 10, TOP))
+    for velocity in (0, 32, 64, 96, MAX_VELOCITY):
+        y = TOP + (height - 1) * (1 - velocity / MAX_VELOCITY)
+        draw.text((left + 24, min(max(y, TOP + 4), TOP + height - 5)), str(velocity), fill=INK, anchor="lm")
+
+
+def _stretches(mask: np.ndarray) -> list[tuple[int, int]]:
+    """(first, behind the last) of every run of True.
+
+    >>> _stretches(np.array([False, True, True]))
+    [(1, 3)]
+    """
+    edges = np.flatnonzero(np.diff(mask.astype(np.int8), prepend=0, append=0))
+    return [(int(first), int(end)) for first, end in edges.reshape(-1, 2)]
 
 
 def write_gif(frames: Sequence[np.ndarray], path: str | Path) -> None:
     """Rolls of one shape, 200 ms each, in an endless loop."""
     if not frames:
         raise ValueError("a GIF needs at least one frame")
-    images = [_image(frame, stacked=False) for frame in frames]
+    images = [_image(frame) for frame in frames]
     buffer = io.BytesIO()
     images[0].save(
         buffer,
@@ -90,12 +153,12 @@ def write_gif(frames: Sequence[np.ndarray], path: str | Path) -> None:
     _write(path, buffer)
 
 
-def _image(roll: np.ndarray, stacked: bool):
+def _image(roll: np.ndarray):
     """A palette image: a velocity is one and the same index in every frame."""
     palette = viridis()
     from PIL import Image
 
-    image = Image.fromarray(_enlarged(levels(roll, stacked)))
+    image = Image.fromarray(_enlarged(levels(roll)))
     image.putpalette(palette.tobytes())
     return image
 

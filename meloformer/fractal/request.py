@@ -57,9 +57,9 @@ class FractalGenerateConfig(Settings):
     stacked: bool = option(False, "draw the second half of a roll below the first: 512 columns become a square")
 
     def validate(self) -> None:
-        require, remedy = self.require, "see --help for the default"
+        require = self.require
         for name in ("num_samples", "batch_size"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1", remedy)
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         width = self.target_width
         good = width is None or (SHORTEST <= width <= LONGEST and width % 4 == 0)
         nearest = min(max(SHORTEST, ((width or 0) + 2) // 4 * 4), LONGEST)
@@ -69,8 +69,8 @@ class FractalGenerateConfig(Settings):
         rounds = self.num_iter_list
         require(len(rounds) >= 1 and min(rounds) >= 1, "num_iter_list", rounds, "numbers from 1 on", "such as 12 8 4 1")
         good = 0 <= self.temperature < math.inf
-        require(good, "temperature", self.temperature, "at least 0 and finite", remedy)
-        require(math.isfinite(self.sparsity_bias), "sparsity_bias", self.sparsity_bias, "a finite number", remedy)
+        require(good, "temperature", self.temperature, "at least 0 and finite")
+        require(math.isfinite(self.sparsity_bias), "sparsity_bias", self.sparsity_bias, "a finite number")
         threshold = self.velocity_threshold
         require(0 <= threshold <= 127, "velocity_threshold", threshold, "from 0 to 127", "0 leaves all notes in")
         tempo = self.tempo

@@ -32,6 +32,7 @@ from meloformer.command_line import Parser
 from meloformer.errors import UserError, exit_cleanly
 from meloformer.midi import MidiError, Score, Track, note_table, read_score, write_midi
 from meloformer.midi.score import DEFAULT_METER, DEFAULT_QPM
+from meloformer.wording import counted
 
 NUM_PITCHES = 128
 COLUMNS_PER_QUARTER = 4
@@ -194,7 +195,9 @@ def main() -> None:
         if loss.notes:
             lost.append(loss.share)
             fewer.append(1 - loss.runs / loss.notes)
-    print(_line(RollLoss(*total.tolist()), f"in all; {len(lost)} files with pitched notes, {refused} refused"))
+    print(
+        _line(RollLoss(*total.tolist()), f"in all; {counted(len(lost), 'file')} with pitched notes, {refused} refused")
+    )
     if lost:
         print(
             f"mean over files: {np.mean(lost):.1%} of the notes begin nowhere in the roll (median "

@@ -24,6 +24,9 @@ from meloformer.training.family import Family
 from meloformer.training.logging import table
 from meloformer.training.run import Fixed, Progress
 from meloformer.training.signals import name_of
+from meloformer.wording import counted
+
+FEW = 5  # held-out pieces: with fewer, one piece's luck is the whole validation
 
 
 def describe(t: LoopConfig, family: Family, plan: Any, model: nn.Module, fixed: Fixed, ranks: Ranks) -> str:
@@ -36,11 +39,14 @@ def describe(t: LoopConfig, family: Family, plan: Any, model: nn.Module, fixed: 
     moments = sum(p.numel() * (1 if t.optimizer == "muon" and p.ndim == 2 else 2) for p in model.parameters())
     memory = 4 * (2 * model.num_parameters() + moments) / 2**20
     used = family.about_step(plan, fixed.rows_per_step)
+    few, held_out = t.patience and family.num_held_out < FEW, counted(family.num_held_out, "held-out piece")
+    warning = f"{held_out} to decide when patience ends the run, which is chance; {family.hold_out_more}"
     return table(
         [
             ("model", family.about_model()),
             ("parameters", f"{model.num_parameters():,}"),
             *family.about_data(plan),
+            *([("warning", warning)] if few else []),
             ("memory", f"{memory:,.0f} MiB of weights, gradients and moments, activations apart"),
             ("a step", f"{processes}{t.batch_size} x {t.gradient_accumulation_steps} rows, {used}"),
             ("steps", f"{fixed.max_steps:,}, about {per_epoch:,} an epoch"),
@@ -57,10 +63,11 @@ def last_words(folder: Path, family: Family, fixed: Fixed, progress: Progress, s
         where = f"at step {progress.step} of {fixed.max_steps}"
         done = f"stopped {where}" if dry_run else f"saved {where}; go on with --resume auto"
         return f"{name_of(signal_number)}: {done}"
-    early = f", {progress.waited} validations without a better one" if progress.step < fixed.max_steps else ""
+    waited = f", {counted(progress.waited, 'validation')} without a better one"
+    early = waited if progress.step < fixed.max_steps else ""
     best = ""
     if progress.best_score is not None:
         best = f"; best validation {family.score_words(progress.best_score)}, at step {progress.best_step}"
     generate = f"python generate.py --checkpoint {folder} --output out"
     further = "leave out --fast_dev_run to train" if dry_run else generate
-    return f"finished {progress.step} steps{early}{best}\n{further}"
+    return f"finished {counted(progress.step, 'step')}{early}{best}\n{further}"

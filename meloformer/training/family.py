@@ -65,6 +65,12 @@ class Family(ABC):
     data_hash: str
     data_from: str
     validation: Any
+    hold_out_more: ClassVar[str]  # what a user does to have more held out
+
+    @property
+    @abstractmethod
+    def num_held_out(self) -> int:
+        """Pieces that are held out."""
 
     @abstractmethod
     def plan(self, epoch: int) -> Any:
@@ -87,6 +93,11 @@ class Family(ABC):
     @abstractmethod
     def adopt(self, saved: dict[str, Any], where: str) -> None:
         """Make config.model that of the weights taken over from `where`; UserError where the user said otherwise."""
+
+    def adopt_data(self, saved: dict[str, Any], where: str) -> None:
+        """Let what config.data leaves open follow the run that the weights come from; `saved` is its config.data, empty
+        where `where` does not say. Asked before `open_data`."""
+        return None
 
     def ready(self, model: nn.Module) -> None:
         """Turn on what the settings ask for, before the first step."""

@@ -1,4 +1,4 @@
-"""What a run says: one table before the first step, a progress bar, metrics.jsonl, TensorBoard where installed.
+"""What a run says: a table before the first step, a progress bar on stderr, metrics.jsonl, TensorBoard if installed.
 
 metrics.jsonl holds one JSON object a line. Every record has `step` (updates done) and `kind`:
 
@@ -16,6 +16,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -42,9 +44,9 @@ class RunLog:
             unit="step",
             dynamic_ncols=True,
             smoothing=0.05,
-            file=sys.stdout,
+            file=sys.stderr,  # stdout has the lines that stay
             # Into a file or a CI log, a line now and then is enough.
-            mininterval=0.5 if sys.stdout.isatty() else 30.0,
+            mininterval=0.5 if sys.stderr.isatty() else 30.0,
         )
 
     def train(self, record: dict) -> None:
@@ -70,6 +72,15 @@ class RunLog:
 
     def advance(self) -> None:
         self.bar.update()
+
+    @contextmanager
+    def busy(self, what: str) -> Iterator[None]:
+        """The bar says what it waits for meanwhile."""
+        self.bar.set_description(what)
+        try:
+            yield
+        finally:
+            self.bar.set_description(refresh=False)
 
     def say(self, text: str) -> None:
         self.bar.write(text, file=sys.stdout)
@@ -119,6 +130,9 @@ class SilentLog:
 
     def advance(self) -> None:
         pass
+
+    def busy(self, what: str) -> AbstractContextManager:
+        return nullcontext()
 
 
 def flatten(record: dict, prefix: str = ""):

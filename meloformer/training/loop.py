@@ -95,6 +95,7 @@ def train_rank(config: Settings, ranks: Ranks, held: ExitStack) -> int:
         fixed, progress, saved = run.parse_state(start, found)
         if settings.init_from:
             family.adopt(saved["model"], str(start))
+            family.adopt_data(saved["data"], str(start))
         run.refuse_changes(start, fixed, saved, config, rows_per_step, family.free)
         if progress.is_finished(fixed) or 0 < settings.patience <= progress.waited:
             if ranks.is_main:
@@ -103,6 +104,9 @@ def train_rank(config: Settings, ranks: Ranks, held: ExitStack) -> int:
 
     # --- data, model, optimizer
 
+    if start is None and settings.init_from:
+        theirs = ranks.broadcast(run.saved_config(settings.init_from) if ranks.is_main else None)
+        family.adopt_data(theirs.get("data", {}), settings.init_from)
     plan = family.open_data(progress.epoch)
     if start is None:
         precision = choose_precision(settings.precision, device)
@@ -162,7 +166,8 @@ def train_rank(config: Settings, ranks: Ranks, held: ExitStack) -> int:
         """
         is_last, score, improved, waited_long = progress.step == fixed.max_steps, None, False, False
         if progress.validation_due and not stopping:
-            result = family.evaluate(model, precision, ranks)
+            with log.busy("validating"):
+                result = family.evaluate(model, precision, ranks)
             log.validation({"step": progress.step, **result}, family.validation_line(result))
             score = family.score(result)
             score = score if math.isfinite(score) else math.inf  # nothing is below nan, so it could not be beaten
@@ -173,7 +178,8 @@ def train_rank(config: Settings, ranks: Ranks, held: ExitStack) -> int:
 
         due = settings.sample_interval and progress.step % settings.sample_interval == 0
         if due and ranks.is_main and not stopping:
-            preview = family.preview(model, folder, progress.step)
+            with log.busy("sampling"):
+                preview = family.preview(model, folder, progress.step)
             log.preview(progress.step, preview.files, preview.images)
 
         save_due = progress.step % settings.save_interval == 0
@@ -194,7 +200,7 @@ def train_rank(config: Settings, ranks: Ranks, held: ExitStack) -> int:
         return waited_long
 
     model.train()
-    with StopSignals(echoes=ranks.world_size > 1) as stop, closing(log), closing(steps):
+    with StopSignals(ranks.world_size > 1, not ranks.is_main) as stop, closing(log), closing(steps):
         stopping, waited_long = 0, progress.validation_due and settle(0)
         while progress.step < fixed.max_steps and not stopping and not waited_long:
             started = time.perf_counter()

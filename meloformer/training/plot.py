@@ -20,11 +20,13 @@ import numpy as np
 
 from meloformer.command_line import Parser
 from meloformer.errors import UserError, exit_cleanly
+from meloformer.evaluation.likelihood import TYPE_WORDS
 from meloformer.evaluation.plots import COLOURS, INK, RULE, require_matplotlib
 from meloformer.files import require_file, write_atomic
 from meloformer.training.logging import METRICS
 
 SMOOTHING = 0.03  # of a curve's length: the width of its moving average
+FEW = 30  # points that are also drawn as points, for one alone makes no line
 CURVES = "curves.png"
 HELD_OUT = ("nats_per_note", "nats_per_cell")  # of the two families
 
@@ -34,6 +36,8 @@ def read_metrics(run: Path) -> dict[str, list[dict]]:
     path = run / METRICS
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{run}: no run there ({METRICS} is missing); give the folder of a run") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give the folder of a run, such as runs/base") from None
     except UnicodeDecodeError as error:
@@ -71,28 +75,40 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 
 def plot(runs: list[Path], output: Path) -> None:
-    """Draw the curves of `runs` into a PNG, whole or absent."""
+    """Draw the curves of `runs` into a PNG, whole or absent; UserError where one is none, or nothing can be written."""
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     metrics = [read_metrics(run) for run in runs]
+    require_file(output)
     figure = Figure(figsize=(13, 8), dpi=110, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     (loss, held_out), (types, rate) = figure.subplots(2, 2)
     norm = rate.twinx()
     for run, records, colour in zip(runs, metrics, COLOURS * (1 + len(runs) // len(COLOURS))):
         steps, values = column(records["train"], "loss")
+        marker = "." if len(records["train"]) < FEW else None
         loss.plot(steps, values, color=colour, alpha=0.2, linewidth=0.8)
-        loss.plot(steps, smooth(values), color=colour, label=str(run))
+        loss.plot(steps, smooth(values), color=colour, marker=marker, label=str(run))
         names = [name for name in HELD_OUT if any(name in record for record in records["validation"])]
         steps, values = column(records["validation"], names[0] if names else HELD_OUT[0])
         held_out.plot(steps, values, color=colour, marker=".", label=str(run))
         if len(values):
             best = int(values.argmin())
-            held_out.annotate(f"{values[best]:.3f}", (steps[best], values[best]), color=colour, fontsize=8)
-        rate.plot(*column(records["train"], "lr"), color=colour)
-        norm.plot(*column(records["train"], "grad_norm"), color=colour, alpha=0.3, linewidth=0.8)
+            held_out.annotate(
+                f"{values[best]:.3f}",
+                (steps[best], values[best]),
+                xytext=(0, -5),  # below its point, for the curve comes from above, and inwards of it
+                textcoords="offset points",
+                va="top",
+                ha="right" if 2 * steps[best] > steps[0] + steps[-1] else "left",
+                color=colour,
+                fontsize=8,
+            )
+        rate.plot(*column(records["train"], "lr"), color=colour, marker=marker)
+        norm.plot(*column(records["train"], "grad_norm"), color=colour, marker=marker, alpha=0.3, linewidth=0.8)
     _draw_types(types, runs, metrics)
     titles = {
         loss: "training loss, nats a token or cell",
@@ -104,6 +120,12 @@ def plot(runs: list[Path], output: Path) -> None:
         ax.set_title(title, fontsize=10, color=INK, loc="left")
         ax.grid(color=RULE, linewidth=0.6)
         ax.tick_params(labelsize=8, labelcolor=INK)
+        ax.margins(y=0.1)
+        if ax is not types or len(runs) == 1:
+            ax.set_xlabel("step", fontsize=8, color=INK)
+            ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
+    for ax in (loss, held_out, rate, norm):  # else a power of ten stands above the axis, in the title
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, position: f"{value:g}"))
     norm.tick_params(labelsize=8, labelcolor=INK)
     _legend(loss)
     buffer = io.BytesIO()
@@ -126,7 +148,7 @@ def _draw_types(ax, runs: list[Path], metrics: list[dict[str, list[dict]]]) -> N
     if len(runs) == 1:
         for name, colour in zip(names, COLOURS * (1 + len(names) // len(COLOURS))):
             shown = [{"step": r["step"], **r.get("by_type", {}).get(name, {})} for r in validations[0]]
-            ax.plot(*column(shown, "nats_per_token"), color=colour, marker=".", label=name)
+            ax.plot(*column(shown, "nats_per_token"), color=colour, marker=".", label=TYPE_WORDS.get(name, name))
         if names:
             _legend(ax, ncols=2)
         return
@@ -135,7 +157,7 @@ def _draw_types(ax, runs: list[Path], metrics: list[dict[str, list[dict]]]) -> N
         last = records[-1].get("by_type", {}) if records else {}
         heights = [last.get(name, {}).get("nats_per_token", 0.0) for name in names]
         ax.bar(np.arange(len(names)) + i * width, heights, width, color=colour)
-    ax.set_xticks(np.arange(len(names)) + 0.4 - width / 2, names)
+    ax.set_xticks(np.arange(len(names)) + 0.4 - width / 2, [TYPE_WORDS.get(name, name) for name in names])
 
 
 def main() -> None:
@@ -144,7 +166,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help=f"picture to write (default: {CURVES} in the first run's folder)")
     arguments = parser.parse_args()
     output = arguments.output or arguments.runs[0] / CURVES
-    require_file(output)
     plot(arguments.runs, output)
     print(output)
 

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from meloformer.errors import UserError
+from meloformer.pretrained import find_pretrained
 from meloformer.settings import Settings
 from meloformer.training import checkpoint
 from meloformer.training.logging import METRICS
@@ -151,6 +152,12 @@ def parse_state(folder: Path, state: dict) -> tuple[Fixed, Progress, dict]:
         raise checkpoint.CheckpointError(f"{folder / checkpoint.STATE}: not a run's state ({error})") from None
 
 
+def saved_config(path: str) -> dict:
+    """The config of the run that a model comes from, a nested dict; empty where its state.json did not come along."""
+    folder = find_pretrained(path)
+    return checkpoint.read_state(folder).get("config", {}) if (folder / checkpoint.STATE).is_file() else {}
+
+
 def state_dict(fixed: Fixed, progress: Progress, config: Settings) -> dict:
     """What `parse_state` reads back."""
     return {"fixed": asdict(fixed), "progress": asdict(progress), "config": config.to_dict()}
@@ -164,6 +171,7 @@ def refuse_changes(
     family = saved.get("family", "meloformer")
     if config.family != family:
         raise UserError(f"family is {config.family!r}, and {folder} was trained with {family!r}; {remedy}")
+    remedy += ", with --init_from to begin with these weights"
     for section, values in config.to_dict().items():
         allowed = {*free.get(section, ()), *(FREE if section == "training" else ())}
         for name, value in values.items() if isinstance(values, dict) else ():

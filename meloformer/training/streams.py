@@ -2,8 +2,8 @@
 
 >>> family = Streams(Config(data=DataConfig(data_dir="processed")))   # doctest: +SKIP
 
-What surprises: `config.model` may change after a run's start, where the model is taken over from another run: what
-the user left at its default follows that run.
+What surprises: `config.model` and the length of a row may change after a run's start, where the model is taken over
+from another run: what the user left at its default follows that run.
 """
 
 from __future__ import annotations
@@ -14,23 +14,26 @@ from typing import Any, ClassVar
 
 import torch
 
-from meloformer.config import ModelConfig
+from meloformer.config import DataConfig, ModelConfig
 from meloformer.data import Corpus, RowPlan, Step
 from meloformer.data.packing import SKIP_REASONS
 from meloformer.errors import UserError
-from meloformer.evaluation.likelihood import evaluate_likelihood, split_batches
+from meloformer.evaluation.likelihood import TYPE_WORDS, evaluate_likelihood, split_batches
 from meloformer.evaluation.predicted import Predicted
 from meloformer.evaluation.tasks import Tasks
 from meloformer.model import MeloFormer
 from meloformer.training.distributed import Ranks
 from meloformer.training.family import Family, Preview, adopt_settings
 from meloformer.training.preview import write_preview
+from meloformer.wording import counted
 
 
 class Streams(Family):
     """A run of MeloFormer; `config` is a meloformer.config.Config."""
 
     unit = "tokens"
+    hold_out_more = "raise --validation_fraction"
+    rows_from = ""  # whose rows these are, in words, where --init_from was asked
     free: ClassVar = {
         "training": ("compile", "val_task_rows"),
         "data": ("data_dir",),
@@ -52,13 +55,17 @@ class Streams(Family):
         self.validation = RowPlan(self.corpus, data, self.settings.seed, 0, "validation")
         if self.settings.patience and self.validation.num_rows == 0:
             raise UserError(
-                f"training.patience is {self.settings.patience}, and nothing is held out; raise --validation_fraction"
+                f"training.patience is {self.settings.patience}, and nothing is held out; {self.hold_out_more}"
             )
         self.tasks, self.predicted = Tasks(self.corpus, data), Predicted(self.corpus, data)
         return plan
 
     def plan(self, epoch: int) -> RowPlan:
         return RowPlan(self.corpus, self.config.data, self.settings.seed, epoch, "train")
+
+    @property
+    def num_held_out(self) -> int:
+        return len(self.validation.pieces)
 
     def coordinates(self, step: Step) -> str:
         return ", ".join(
@@ -82,6 +89,17 @@ class Streams(Family):
 
     def adopt(self, saved: dict[str, Any], where: str) -> None:
         self.config.model = adopt(self.config.model, saved, where)
+
+    def adopt_data(self, saved: dict[str, Any], where: str) -> None:
+        data = self.config.data
+        if "max_seq_len" not in data.left_open:
+            return
+        if not saved.get("max_seq_len"):
+            self.rows_from = f", the default: {where} does not say what it was trained on"
+            return
+        rows = {name: saved.get(name) for name in data.left_open}
+        self.config.data = DataConfig.from_dict({**asdict(data), **rows}, f"{where}: data")
+        self.rows_from = f", as {where} was trained on"
 
     def ready(self, model: MeloFormer) -> None:
         super().ready(model)
@@ -108,7 +126,8 @@ class Streams(Family):
         return f"{score:.3f} nats a note"
 
     def validation_line(self, result: dict[str, Any]) -> str:
-        by_type = "  ".join(f"{name} {entry['nats_per_token']:.2f}" for name, entry in result["by_type"].items())
+        types = result["by_type"].items()
+        by_type = "  ".join(f"{TYPE_WORDS.get(name, name)} {entry['nats_per_token']:.2f}" for name, entry in types)
         by_task = "  ".join(f"{name} {nats:.2f}" for name, nats in result["by_task"].items())
         return (
             f"{self.score_words(result['nats_per_note'])}, {result['nats_per_bar']:.1f} a bar;  a token: {by_type}"
@@ -126,10 +145,11 @@ class Streams(Family):
         d, index = self.config.data, self.corpus.index
         notes, tokens = int(index["num_notes"].sum()), int(index["num_tokens"].sum())
         held_out = self.validation
+        length = f"{d.max_seq_len:,} tokens{self.rows_from}"
         return [
-            ("data", f"{self.corpus.num_pieces:,} pieces, {notes:,} notes, {tokens:,} tokens in {d.data_dir}"),
-            ("training", f"{len(plan.pieces):,} pieces in {plan.num_rows:,} rows of {d.max_seq_len:,} tokens"),
-            ("held out", f"{len(held_out.pieces):,} pieces in {held_out.num_rows:,} rows"),
+            ("data", f"{counted(self.corpus.num_pieces, 'piece')}, {notes:,} notes, {tokens:,} tokens in {d.data_dir}"),
+            ("training", f"{counted(len(plan.pieces), 'piece')} in {counted(plan.num_rows, 'row')} of {length}"),
+            ("held out", f"{counted(self.num_held_out, 'piece')} in {counted(held_out.num_rows, 'row')}"),
             ("skipped", skipped(plan) or "nothing"),
         ]
 

@@ -226,7 +226,7 @@ def one_file(tmp_path: Path) -> str:
     ("make", "message"),
     [
         (empty_folder, "in: no .mid or .midi file in this folder or below it"),
-        (no_midi_in_it, r"none of 1 files can be used \(unreadable 1\); the first, a.mid: not a MIDI file"),
+        (no_midi_in_it, r"none of 1 file can be used \(unreadable 1\); the first, a.mid: not a MIDI file"),
         (empty_list, "list.txt: the list is empty"),
         (one_file, "a.mid: is one MIDI file; --input takes a folder"),
         (lambda tmp_path: str(tmp_path / "nowhere"), "nowhere: no such file or folder"),
@@ -252,7 +252,7 @@ def test_a_list_that_cannot_be_read_is_one_line(tmp_path, monkeypatch):
 
 def test_an_existing_folder_stays_as_empty_as_it_was(tmp_path):
     (tmp_path / "out").mkdir()
-    with pytest.raises(UserError, match="none of 1 files"):
+    with pytest.raises(UserError, match="none of 1 file "):
         run(no_midi_in_it(tmp_path), tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,28 @@ def test_killed_ten_times_at_random_moments(midi, whole, tmp_path):
     assert max(begun_at) > 0
     run(midi, output, shard_size=4)
     assert content(output) == content(whole)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="processes are looked for in /proc")
+def test_an_interruption_is_one_word(midi, tmp_path):
+    """Ctrl-C goes to all processes: the one that imports modules for the others said so in thirteen lines."""
+    flags = ["--input", str(midi), "--output", str(tmp_path / "out"), "--workers", "2"]
+    command = [sys.executable, str(ROOT / "preprocess_data.py"), *flags]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, start_new_session=True, **pipes) as process:
+
+        def importing() -> bool:
+            for path in Path("/proc").glob("[0-9]*"):
+                with suppress(OSError):
+                    if os.getsid(int(path.name)) == process.pid and b"forkserver" in (path / "cmdline").read_bytes():
+                        return "numpy" in (path / "maps").read_text()
+            return False
+
+        while not importing():
+            assert process.poll() is None, process.communicate()
+        os.killpg(process.pid, signal.SIGINT)
+        out, error = process.communicate(timeout=60)
+    assert (process.returncode, out, error) == (130, "", "interrupted\n")
 
 
 @pytest.mark.parametrize("fails_at", ["entry-00002", "shard-00003", "index", "meta.json"])

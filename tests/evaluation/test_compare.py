@@ -123,6 +123,16 @@ def test_plots_take_gaps_and_nothing():
     assert "<polyline" in histogram("a", {"generated": [2.0], "real": [2.0, None]})
 
 
+def test_axes_have_round_numbers_and_no_rate_below_nothing():
+    """They said 9 %, 19 %, 28 %, and an empty bar rate went from -0.5 to 0.5."""
+    rate = histogram("empty bar rate", {"generated": [0.0], "real": [0.0, 0.0]})
+    assert re.findall(r">([-\d.]+)</text>", rate) == ["0", "0.2", "0.4", "0.6", "0.8", "1"]
+    assert re.findall(r">(\d+)%<", rate) == ["0", "25", "50", "75", "100"]
+    spread = histogram("a", {"generated": [*[0.0] * 37, *np.linspace(0.5, 9.3, 63)]})
+    assert re.findall(r">(\d+)%<", spread) == ["0", "10", "20", "30", "40"]
+    assert re.findall(r">([-\d.]+)</text>", spread) == ["0", "2", "4", "6", "8"]
+
+
 def test_music_comes_from_midi_shards_and_runs(tmp_path, capsys):
     config = small_config(write_corpus(tmp_path), tmp_path / "run", max_steps=1)
     train(config)

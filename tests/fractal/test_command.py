@@ -13,6 +13,7 @@ import pytest
 
 from meloformer.command_line import load
 from meloformer.errors import UserError
+from meloformer.fractal import pictures
 from meloformer.fractal.command import plan, run
 from meloformer.fractal.request import FractalGenerateConfig
 from meloformer.fractal.roll import read_roll, write_roll
@@ -79,6 +80,34 @@ def test_rolls_from_nothing(config, capsys):
         assert score.meters.tolist() == [(0, 4, 4)] and score.tempos["qpm"].tolist() == [120]
     said = capsys.readouterr().out
     assert "3 rolls in" in said and f"{out / names[2]}.mid: 4 bars" in said
+
+
+def test_rounds_of_ar_levels_are_said_to_choose_nothing(config, tmp_path, capsys):
+    model = small_model("ar", "mar", "ar")
+    model.crop_length = 16
+    model.save_pretrained(tmp_path / "ar")
+    mixed = replace(config, checkpoint=str(tmp_path / "ar"), target_width=4, num_samples=1)
+    run(mixed)
+    said = capsys.readouterr().out
+    assert "--num_iter_list 2 1 1 1: numbers 1, 3 choose nothing, ar levels go patch by patch" in said
+    run(replace(mixed, num_iter_list=[12, 8, 4, 1], output=str(tmp_path / "default")))
+    run(replace(config, target_width=4, num_samples=1, output=str(tmp_path / "mar")))
+    assert "nothing" not in capsys.readouterr().out
+
+
+def test_what_was_written_is_framed(config, song):
+    """Only there, and nowhere in a roll that is new throughout."""
+    image = pytest.importorskip("PIL.Image")
+    run(replace(config, mode="conditional", prompt=str(song), condition_length=32, target_width=48, num_samples=1))
+    run(replace(config, seed=1, num_samples=1))
+
+    def framed(name: str) -> list[int]:
+        with image.open(Path(config.output) / name) as png:
+            return sorted(set(np.nonzero((np.array(png) == pictures.FRAME).all(axis=-1))[1].tolist()))
+
+    seen = framed("song_conditional_32_seed0_000.png")
+    assert (seen[0], seen[-1]) == (pictures.LEFT + 32 * pictures.SCALE, pictures.LEFT + 48 * pictures.SCALE - 1)
+    assert not framed("unconditional_seed1_000.png")
 
 
 def test_a_sample_does_not_depend_on_its_batch_and_the_seed_moves_it(config, tmp_path):

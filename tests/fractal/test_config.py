@@ -153,7 +153,10 @@ def test_the_family_is_said_by_flag_or_yaml_or_checkpoint(tmp_path):
     assert family_of_command_line([*words, "--family", "meloformer"]) == "meloformer"
     (tmp_path / "config.json").write_text('{"family": "fractal"}')
     assert family_of_command_line(["--checkpoint", str(tmp_path)]) == "fractal"
-    assert family_of_command_line(["--checkpoint", str(tmp_path / "nowhere")]) == "meloformer"
+    nowhere = ["--checkpoint", str(tmp_path / "nowhere")]
+    with pytest.raises(UserError, match="nowhere: no model there"):  # it was "--mode: no such flag"
+        family_of_command_line([*nowhere, "--mode", "unconditional"])
+    assert family_of_command_line([*nowhere, "--help"]) == "meloformer"
     with pytest.raises(UserError, match="--family is 'fractals', must be one of meloformer, fractal"):
         family_of_command_line(["--family", "fractals"])
     assert {name: config_class(name) for name in FAMILIES} == {"meloformer": Config, "fractal": FractalConfig}

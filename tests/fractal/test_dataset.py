@@ -181,7 +181,7 @@ def test_paths_are_read_from_the_list_s_folder_then_from_here(folder, tmp_path, 
         (b" \n\n", r"is empty; write the path"),
         (b"MThd\0\0\0\6", r"is no text file"),
         (b"a.mid\nnowhere/b.mid\n", r"line 2: nowhere/b.mid: no such file"),
-        (b"a.mid\n", r"none of its 1 files can be used; .*a.mid"),
+        (b"a.mid\n", r"none of its 1 file can be used; .*a.mid"),
     ],
 )
 def test_a_list_that_cannot_be_used_is_one_line(tmp_path, data, content, message):

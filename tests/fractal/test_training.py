@@ -216,6 +216,12 @@ def test_the_fourth_generator_type_is_said_to_choose_nothing(make_config, capsys
     assert capsys.readouterr().out.count("the last word (ar) chooses nothing") == 1
 
 
+def test_four_equal_words_are_what_the_documents_give(make_config, capsys):
+    """README's own line was greeted with a complaint."""
+    train(make_config(max_steps=1, model={"generator_types": ["mar"] * 4}))
+    assert "chooses nothing" not in capsys.readouterr().out
+
+
 # --- evaluation ---------------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
@@ -70,6 +71,7 @@ def run_rank(
     config: Config, rank: int, world_size: int, port: int, output: Path, before: Callable[[int], None] | None
 ) -> None:
     """One process: `train`, with what it says in a file. `before(rank)` may change the code it is about to run."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # a server that preprocessing has started blocks it
     handle = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(handle, 1)
     os.dup2(handle, 2)

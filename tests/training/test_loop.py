@@ -170,6 +170,15 @@ def test_a_validation_that_a_stop_forestalled_is_made_up_for(make_config, monkey
         assert pointers[0] == pointers[1]
 
 
+def test_what_stays_is_on_stdout_and_the_bar_on_stderr(make_config, capfd):
+    """A log of stdout was full of carriage returns, and the bar stood at 100 % through a long validation."""
+    train(make_config(max_steps=2, val_interval=2))
+    out, error = capfd.readouterr()
+    assert "validation: " in out and "finished 2 steps" in out and "\r" not in out and "validating" not in out
+    assert "validating: 100%" in error and "\n" not in error.strip()
+    assert all(f"{word} " in out for word in ("onset", "pitch", "duration", "velocity"))
+
+
 def test_the_mean_loss_of_a_log_interval_survives_a_stop_in_its_middle(make_config, monkeypatch):
     straight = make_config("straight", max_steps=8, log_interval=4)
     train(straight)
@@ -256,7 +265,7 @@ def test_a_folder_with_a_run_in_it_is_refused_without_resume(make_config):
     ("change", "said"),
     [
         ({"learning_rate": 1e-3}, "training.learning_rate is 0.001, and .* was trained with 0.003"),
-        ({"max_steps": 9}, "training.max_steps is 9"),
+        ({"max_steps": 9}, "training.max_steps is 9, .* start a new run in another --output_dir, with --init_from"),
         ({"seed": 1}, "training.seed is 1"),
         ({"precision": "bf16"}, "training.precision is 'bf16'"),
         ({"batch_size": 4}, "8 rows a step, and .* was trained with 4"),

@@ -11,12 +11,14 @@ import torch
 from meloformer.command_line import load
 from meloformer.config import Config, ModelConfig
 from meloformer.errors import UserError
+from meloformer.export import export
 from meloformer.midi import read_score
 from meloformer.model import MeloFormer
-from meloformer.training import checkpoint, preview, streams
+from meloformer.training import checkpoint, loop, preview, run, streams
 from meloformer.training.loop import train
 from tests.training.processes import records
 
+PRETRAINED = Path(__file__).resolve().parents[2] / "pretrained"
 # Losses of 20 steps on a CPU, recorded with torch 2.13. A change that is not meant to change numbers keeps them.
 REFERENCE = [
     *(7.096357, 7.078878, 7.015947, 6.963542, 6.914786, 6.858624, 6.815733),
@@ -140,6 +142,54 @@ def test_init_from_refuses_what_does_not_fit(make_config, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_rows_follow_the_run_that_is_fine_tuned(make_config, tmp_path, capsys):
+    """A model of rows of 2,048 tokens was fine-tuned in rows of 24,576, the default: nine minutes a step."""
+    old = make_config("old", max_steps=1, data={"max_seq_len": 352, "max_segments": 40})
+    train(old)
+    open_rows = {"max_steps": 1, "init_from": old.training.output_dir, "data": {"max_seq_len": None}}
+    capsys.readouterr()
+    new = make_config("new", **open_rows)
+    train(new)
+    assert (new.data.max_seq_len, new.data.max_segments) == (352, 40)
+    assert f"rows of 352 tokens, as {old.training.output_dir} was trained" in capsys.readouterr().out
+    saved = checkpoint.read_state(checkpoint.find(new.training.output_dir))["config"]["data"]
+    assert (saved["max_seq_len"], saved["max_segments"]) == (352, 40)
+    again = make_config("new", **open_rows, resume="auto")
+    train(again)  # refused as another run, were the rows the default's
+    assert "nothing to resume" in capsys.readouterr().out
+
+    exported = tmp_path / "exported"
+    export(old.training.output_dir, exported, max_seq_len=2048)  # what it may write, not what it was trained on
+    of_export = make_config("of_export", **{**open_rows, "init_from": str(exported)})
+    train(of_export)
+    assert of_export.data.max_seq_len == 352
+    (exported / checkpoint.STATE).unlink()
+    silent = make_config("silent", **{**open_rows, "init_from": str(exported)}, batch_size=1)
+    silent.data.max_segments = 128  # 24,576 tokens are many for a test: the row is what is asked, not the time
+    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "endless_steps", interrupted)
+        train(silent)
+    assert f"24,576 tokens, the default: {exported} does not say what it was trained on" in capsys.readouterr().out
+
+    given = make_config("given", max_steps=1, init_from=old.training.output_dir)
+    train(given)
+    assert given.data.max_seq_len == 384 and "rows of 384 tokens\n" in capsys.readouterr().out
+
+
+def interrupted(*arguments):
+    raise KeyboardInterrupt
+
+
+def test_the_pretrained_model_says_what_it_was_trained_on():
+    config = load(Config, ["--data_dir", "x", "--init_from", str(PRETRAINED)])
+    family = streams.Streams(config)
+    family.adopt_data(run.saved_config(str(PRETRAINED))["data"], "pretrained")
+    assert (config.data.max_seq_len, config.data.max_segments) == (2048, 256)
+    told = load(Config, ["--data_dir", "x", "--init_from", str(PRETRAINED), "--max_seq_len", "24576"])
+    streams.Streams(told).adopt_data(run.saved_config(str(PRETRAINED))["data"], "pretrained")
+    assert told.data.max_seq_len == 24576
+
+
 @pytest.mark.parametrize(
     ("given", "saved"),
     [
@@ -168,6 +218,19 @@ def test_patience_ends_a_run_that_no_longer_gets_better(make_config, monkeypatch
     assert checkpoint.read_pointer(checkpoints, "best").name == "step_00000002"
     train(config)
     assert "nothing to resume" in capsys.readouterr().out
+
+
+def test_patience_on_one_held_out_piece_is_warned_of(make_config, capsys):
+    """Of nineteen pieces one was held out, and it decided when the run was over."""
+    one = {"val_max_rows": 1, "max_steps": 1, "data": {"validation_fraction": 0.05}}
+    train(make_config("patient", patience=2, **one))
+    said = capsys.readouterr().out
+    assert "held out    1 piece in 2 rows" in said
+    assert "warning     1 held-out piece to decide when patience ends the run" in said
+    assert "raise --validation_fraction" in said
+    train(make_config("impatient", **one))
+    train(make_config("many", patience=2, max_steps=1, data={"validation_fraction": 0.5}))
+    assert "warning" not in capsys.readouterr().out
 
 
 def test_patience_needs_something_held_out(make_config):
