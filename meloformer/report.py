@@ -44,3 +44,12 @@ def refuse_taken(output: Path, runs: list[dict], names: Iterable[str]) -> None:
 
 def write_report(output: Path, runs: list[dict]) -> None:
     write_atomic(output / REPORT, json.dumps({"runs": runs}, indent=1).encode())
+
+
+def counted(number: int, what: str) -> str:
+    """A number of things in words.
+
+    >>> counted(1, "piece"), counted(20, "new note")
+    ('1 piece', '20 new notes')
+    """
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
