@@ -92,8 +92,10 @@ class Prompt:
 
     def cells_of(self, notes: np.ndarray) -> list[tuple[int, int]]:
         """(track, bar) of notes in ticks of the grid; a bar behind the end counts as the first one there."""
-        bars = np.searchsorted(self.score.bar_lines(), notes["onset"], side="right") - 1
-        return list(zip(notes["track"].tolist(), bars.tolist()))
+        return list(zip(notes["track"].tolist(), self._bars_of(notes).tolist()))
+
+    def _bars_of(self, notes: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self.score.bar_lines(), notes["onset"], side="right") - 1
 
     def file_notes(self, notes: np.ndarray) -> np.ndarray:
         """Notes of the grid, their track counts `score`'s tracks and then new ones, as the file's."""
@@ -111,9 +113,13 @@ class Prompt:
         """
         notes = self.score.notes
         onsets = notes[np.unique(notes[["track", "onset"]], return_index=True)[1]]
-        average = (3 * len(notes) + len(onsets)) / (len(self.score.tracks) * self.num_bars)
+        average = (3 * len(notes) + len(onsets)) / (len(np.unique(notes["track"])) * self.num_bars)
+        chosen = np.zeros((len(self.score.tracks), self.num_bars), dtype=bool)
+        for track, bar in cells:
+            if bar < self.num_bars:
+                chosen[track, bar] = True
         own = sum(
-            weight * sum(cell in cells for cell in self.cells_of(rows)) for weight, rows in ((3, notes), (1, onsets))
+            weight * int(chosen[rows["track"], self._bars_of(rows)].sum()) for weight, rows in ((3, notes), (1, onsets))
         )
         return len(cells) + others + math.ceil(ROOM * (max(own, average * len(cells)) + average * others))
 

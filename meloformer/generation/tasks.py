@@ -108,6 +108,8 @@ class Task:
             if state.hit_limit:
                 break
             state.push(token)
+        if not state.hit_limit:  # another limit than the task's
+            return beyond
         track, bar, written = state.state.track, max(state.state.bar, 0), state.state.fills > 0
         cells = [cell for cell in self.to_write if cell[1] < self.last_bar]
         if written or track >= len(self.tracks):
@@ -205,7 +207,8 @@ def rewriting(prompt: Prompt, cells: frozenset[tuple[int, int]], max_length: int
 
     wanted = max(low, prompt.num_bars - high)
     what = f"bars {low + 1}-{high} of all its tracks and room to write in"
-    size = largest(prompt, window, 0, wanted, [], steering, max_length, what, "rewrite fewer bars at a time")
+    remedy = "rewrite fewer bars at a time, the output of one the prompt of the next"
+    size = largest(prompt, window, 0, wanted, [], steering, max_length, what, remedy)
     first, last, _ = window(size)
     note = f"reads bars {first + 1}-{last} of {prompt.num_bars}" if size < wanted else ""
     return as_task(prompt, window(size), [], steering, note, max_length)
