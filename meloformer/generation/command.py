@@ -151,11 +151,11 @@ def _finish(job: Job, sample: Sample, later: Callable[[Task, int, int], Sample])
     task = job.task
     if task is None:
         return Piece(sample, len(sample.tokens), sample.score.num_notes, [])
-    if task.instruments and not task.anew:
-        added = go_on(task, sample, lambda step, window: later(step, sample.index, window))
-        return Piece(sample, added.tokens, len(added.notes), added.unfinished, added.notes)
-    notes, tokens = task.new_notes(sample), len(sample.tokens) - len(task.request.given)
-    return Piece(sample, tokens, len(notes), task.unfinished(sample), notes, task.removed(sample))
+    if task.anew:
+        tokens = len(sample.tokens) - len(task.request.given)
+        return Piece(sample, tokens, sample.score.num_notes, task.unfinished(sample))
+    added = go_on(task, sample, lambda step, window: later(step, sample.index, window))
+    return Piece(sample, added.tokens, len(added.notes), added.unfinished, added.notes, added.gone)
 
 
 def _write(job: Job, name: str, piece: Piece, config: GenerateConfig, synthesizer: Synthesizer | None) -> Counter:

@@ -58,12 +58,21 @@ class Prompt:
         self.score = reorder_tracks(score, order)
         self.derived = derive(self.score).rows(vocabulary, conditions)
 
-    def with_parts(self, instruments: Sequence[int], notes: np.ndarray, derived: np.ndarray) -> Prompt:
-        """The same with new parts behind its tracks: `notes` in ticks of the grid, their track counts `score`'s tracks
-        and then `instruments`; `derived` takes the place of what was derived."""
+    def with_music(
+        self,
+        derived: np.ndarray,
+        notes: np.ndarray,
+        instruments: Sequence[int] = (),
+        gone: frozenset[tuple[int, int]] = frozenset(),
+    ) -> Prompt:
+        """The same with new music for the model to read: `notes` in ticks of the grid, their track counts `score`'s
+        tracks and then `instruments`, and without the old ones of the (track, bar) that are gone; `derived` takes the
+        place of what was derived. What is written still goes into the file as it was."""
         more = copy.copy(self)
         tracks = [*self.score.tracks, *(Track(i % DRUMS, i == DRUMS) for i in instruments)]
-        notes = np.concatenate([self.score.notes, notes])
+        old = self.score.notes
+        old = old[[cell not in gone for cell in self.cells_of(old)]] if gone else old
+        notes = np.concatenate([old, notes])
         more.score = replace(self.score, tracks=tracks, notes=np.sort(notes, order=["track", "onset", "pitch"]))
         more.track_of = [*self.track_of, *range(self.num_tracks, self.num_tracks + len(instruments))]
         more.derived = derived

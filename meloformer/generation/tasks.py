@@ -9,10 +9,10 @@ Four tasks, one mechanism each: `continuation` masks the new bars of every track
 bar), and their FILLs are generated; `anew` keeps bars, meters, tempos and instruments, and no note; `accompaniment`, in
 `generation.parts`, lets new tracks follow the given ones.
 
-A piece that is longer than the context is read through a window: its last bars, or bars round the chosen cells.
-`Task.note` says so. A window is so large that room stays for what is written: `prompt.ROOM` times what the chosen cells
-hold now, or the piece on average. Where a sample fills it all the same, `Task.unfinished` has the cells that it did not
-end, and the notes that those were to replace stay.
+A piece that is longer than the context is read through a window: its last bars, or bars round the chosen cells, or one
+window after the other (`generation.parts`). `Task.note` says so. A window is so large that room stays for what is
+written: `prompt.ROOM` times what the chosen cells hold now, or the piece on average. Where a sample fills it all the
+same, `Task.unfinished` has the cells that it did not end, and the notes that those were to replace stay.
 
 The surprise: what is masked is not shown to the model at all, so a rewritten bar owes nothing to the old one but the
 music around it, and to what is derived from the piece where the model was trained with that.
@@ -33,13 +33,13 @@ from meloformer.errors import UserError
 from meloformer.generation.engine import Sample
 from meloformer.generation.prompt import Prompt
 from meloformer.generation.request import TRACK_LENGTH, ConstrainedState, Request
-from meloformer.generation.steering import FREE, Steering, in_words
+from meloformer.generation.steering import FREE, Frame, Steering, in_words, prompt_rows
 from meloformer.hid import Annotations
 from meloformer.hid.tokenizer import note_rows
 from meloformer.midi import write_midi
 from meloformer.midi.general_midi import instrument_name
 from meloformer.midi.merge import merge_midi
-from meloformer.midi.score import Score
+from meloformer.midi.score import Score, note_table
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class Task:
     first_bar: of the window that the model reads; tracks: the window's, as numbers of `prompt.score`; masked: the
     (track, bar) of `prompt.score` that are written, in the order of the stream; until: new parts end before this bar,
     which may lie behind the window (`generation.parts` goes on then); max_length: as `generate` is given; anew: the
-    file is the sample, and nothing of the prompt's; steering: what is asked of all windows.
+    file is the sample, and nothing of the prompt's; steering: what is asked of all windows; later: what those behind
+    the first one rewrite.
     """
 
     prompt: Prompt
@@ -63,6 +64,7 @@ class Task:
     note: str = ""
     anew: bool = False
     steering: Steering = FREE
+    later: tuple[tuple[int, int], ...] = ()
 
     @property
     def end_bar(self) -> int:
@@ -78,7 +80,12 @@ class Task:
     def to_write(self) -> list[tuple[int, int]]:
         """(track, bar) of all that is new; the tracks of new parts count on from those of `prompt.score`."""
         parts = range(len(self.prompt.score.tracks), len(self.prompt.score.tracks) + len(self.instruments))
-        return [*product(parts, range(self.first_bar, self.until)), *self.masked]
+        return [*product(parts, range(self.first_bar, self.until)), *self.masked, *self.later]
+
+    @property
+    def beyond(self) -> list[tuple[int, int]]:
+        """What of `to_write` is not in the window."""
+        return [cell for cell in self.to_write if cell in self.later or cell[1] >= self.last_bar]
 
     @property
     def cells(self) -> int:
@@ -98,7 +105,7 @@ class Task:
     def unfinished(self, sample: Sample) -> list[tuple[int, int]]:
         """What of `to_write` is not written or half written: where max_length cut the sample, and what lies beyond the
         window. Nothing says where a bar would have ended, so the one that was cut counts."""
-        beyond = [cell for cell in self.to_write if cell[1] >= self.last_bar]
+        beyond = self.beyond
         if not sample.hit_limit:
             return beyond
         prompt, given = self.prompt, len(self.request.given)
@@ -111,7 +118,7 @@ class Task:
         if not state.hit_limit:  # another limit than the task's
             return beyond
         track, bar, written = state.state.track, max(state.state.bar, 0), state.state.fills > 0
-        cells = [cell for cell in self.to_write if cell[1] < self.last_bar]
+        cells = [cell for cell in self.to_write if cell not in beyond]
         if written or track >= len(self.tracks):
             number = self.tracks[track] if track < len(self.tracks) else track - len(self.tracks) + self._first_part
             cells = cells[cells.index((number, bar + self.first_bar)) :]
@@ -198,20 +205,47 @@ def continuation(
 
 
 def rewriting(prompt: Prompt, cells: frozenset[tuple[int, int]], max_length: int, steering: Steering = FREE) -> Task:
-    """The (track, bar) cells of `prompt.score` anew; the model reads as many bars on both sides as fit."""
-    bars = [bar for _, bar in cells]
-    low, high = min(bars), max(bars) + 1
+    """The (track, bar) cells of `prompt.score` anew; the model reads as many bars on both sides as fit. Where not even
+    what lies between the cells does, the task's window is the first of several, `later` the cells of the others."""
+    bars = sorted({bar for _, bar in cells})
+    low, high = bars[0], bars[-1] + 1
+    laid = laid_over(prompt, bars, steering, adds_parts=False)
+    if length(prompt, Window(low, high, cells), [], steering) > max_length:
+        first = _first_cells(laid, bars, cells, steering, max_length)
+        task = rewriting(laid, first, max_length, marks(steering))
+        note = f"rewrites bars {low + 1}-{max(bar for _, bar in first) + 1}, then goes on from there"
+        later = tuple(sorted(cells - first))
+        return replace(task, prompt=laid, steering=steering, later=later, note=_note(prompt, note, max_length))
 
     def window(size: int) -> Window:
         return Window(max(low - size, 0), min(high + size, prompt.num_bars), cells)
 
     wanted = max(low, prompt.num_bars - high)
-    what = f"bars {low + 1}-{high} of all its tracks and room to write in"
-    remedy = "rewrite fewer bars at a time, the output of one the prompt of the next"
-    size = largest(prompt, window, 0, wanted, [], steering, max_length, what, remedy)
+    size = largest(prompt, window, 0, wanted, [], steering, max_length, f"bars {low + 1}-{high} of all its tracks", "")
     first, last, _ = window(size)
     note = f"reads bars {first + 1}-{last} of {prompt.num_bars}" if size < wanted else ""
-    return as_task(prompt, window(size), [], steering, note, max_length)
+    return replace(as_task(prompt, window(size), [], steering, note, max_length), prompt=laid, steering=steering)
+
+
+def _first_cells(
+    prompt: Prompt, bars: list[int], cells: frozenset[tuple[int, int]], steering: Steering, max_length: int
+) -> frozenset[tuple[int, int]]:
+    """The cells of as many of these bars as fit beside as many bars before them; UserError where one alone does not."""
+    refuse_windows(prompt, bars[0], bars[-1] + 1, steering, max_length)
+
+    def of(some: list[int]) -> frozenset[tuple[int, int]]:
+        return frozenset(cell for cell in cells if cell[1] in some)
+
+    for bar in bars:
+        what, remedy = f"bar {bar + 1} of all its tracks and room to write in", "rewrite fewer tracks at a time"
+        alone = Window(bar, bar + 1, of([bar]))
+        largest(prompt, lambda _, alone=alone: alone, 0, 0, [], marks(steering), max_length, what, remedy)
+
+    def window(size: int) -> Window:
+        last = bars[size - 1] + 1 if size else bars[0] + 1
+        return Window(max(2 * bars[0] - last, 0) if size else bars[0], last, of(bars[: max(size, 1)]))
+
+    return window(largest(prompt, window, 0, len(bars), [], marks(steering), max_length, "", "")).masked
 
 
 def anew(prompt: Prompt, max_length: int, bars: int | None = None, steering: Steering = FREE) -> Task:
@@ -233,6 +267,28 @@ def anew(prompt: Prompt, max_length: int, bars: int | None = None, steering: Ste
     size = largest(prompt, window, least, wanted, instruments, steering, max_length, what, remedy, without_tracks=True)
     note = f"writes its first {size} of {prompt.num_bars} bars" if size < wanted else ""
     return as_task(prompt, window(size), instruments, steering, note, max_length, without_tracks=True)
+
+
+def laid_over(prompt: Prompt, bars: Sequence[int], steering: Steering, adds_parts: bool) -> Prompt:
+    """The prompt with what is asked in the place of what is derived, over all of the bars that are to be written, so
+    that a progression goes on from window to window."""
+    frame = Frame(0, prompt.num_bars, bars, range(len(prompt.score.tracks)), adds_parts)
+    rows = prompt_rows(prompt.derived, prompt.score, frame, steering.controls(prompt.vocabulary, prompt.tags))
+    return prompt.with_music(rows, note_table())
+
+
+def marks(steering: Steering) -> Steering:
+    """Of a steering that is laid over a prompt what stays: that beginning and end are not to be said."""
+    return replace(FREE, begin=None if steering.begin else steering.begin, end=None if steering.end else steering.end)
+
+
+def refuse_windows(prompt: Prompt, first: int, last: int, steering: Steering, max_length: int) -> None:
+    """UserError for what cannot be asked where the bars [first, last) are written in several windows."""
+    if steering.bar_density is not None:
+        raise UserError(f"{prompt.path}: bar_density needs all new bars in {max_length} tokens; ask for fewer bars")
+    for name, given in (("begin", steering.begin and first), ("end", steering.end and last < prompt.num_bars)):
+        if given:
+            raise UserError(f"{name}: what is written into {prompt.path} is not there; leave it out")
 
 
 def length(
@@ -286,7 +342,11 @@ def as_task(
     if steering.begin and first > 0:
         raise UserError(f"begin: the model reads {prompt.path} from bar {first + 1} on; leave it out")
     tokens, tracks = prompt.stream(first, last, masked, steering, bool(instruments), without_tracks)
-    note = f"{prompt.path}: the model {note}, which is what fits into {max_length} tokens" if note else ""
     parts = Steering(parts=steering.parts) if instruments else FREE
     request = Request(instruments=instruments or None, given=tokens, steering=parts)
+    note = _note(prompt, note, max_length)
     return Task(prompt, request, first, last, last, tracks, sorted(masked), max_length, note, anew=without_tracks)
+
+
+def _note(prompt: Prompt, note: str, max_length: int) -> str:
+    return f"{prompt.path}: the model {note}, which is what fits into {max_length} tokens" if note else ""
