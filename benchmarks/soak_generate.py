@@ -150,7 +150,7 @@ def check_task(task: Task, sample: Sample, path: Path) -> None:
     if task.instruments:
         require(set(instruments.tolist()) == set(task.instruments), "other instruments")
     else:
-        require(task.cells == int((sample.tokens == prompt.vocabulary.FILL).sum()), "another number of cells")
+        require(len(task.masked) == int((sample.tokens == prompt.vocabulary.FILL).sum()), "another number of cells")
     check_opens(path)
 
 
