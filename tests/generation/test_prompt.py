@@ -507,7 +507,7 @@ def test_real_files_are_gone_on_from(real_midi, tmp_path):
         (sample,) = generate(model, task.request, seed=done, max_length=1200)
         TOKENIZER.validate(sample.tokens)
         counts = task.write(sample, out)
-        old = len(prompt.source.score.notes) - len(prompt.notes_in(task.replaced))
+        old = len(prompt.source.score.notes) - len(prompt.notes_in(task.removed(sample)))
         dropped = counts["held_dropped"] + counts["duplicate_dropped"]
         assert read_score(out).num_notes == old + len(task.new_notes(sample)) - dropped
         done += 1
