@@ -36,12 +36,12 @@ class GenerateConfig(Settings):
         "1; may be given again",
     )
     add_instruments: list[str] | None = option(None, "write new parts beside the prompt's, such as 33,drums")
-    add_bars: str | None = option(
-        None, "with add_instruments, the bars in which they play, such as 9-16, counted from 1", shown="all"
-    )
     anew: bool = option(
         False,
         "write a new piece on the prompt's bars, meters, tempos and instruments (--bars: its first), without its notes",
+    )
+    add_bars: str | None = option(
+        None, "with add_instruments, the bars in which they play, such as 9-16, counted from 1", shown="all"
     )
     prompt_bars: int | None = option(
         None,

@@ -49,7 +49,7 @@ def write_report(output: Path, runs: list[dict]) -> None:
 def counted(number: int, what: str) -> str:
     """A number of things in words.
 
-    >>> counted(1, "piece"), counted(20, "new note")
-    ('1 piece', '20 new notes')
+    >>> counted(1, "piece"), counted(1200, "new note")
+    ('1 piece', '1,200 new notes')
     """
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"

@@ -34,6 +34,7 @@ from meloformer.data.pool import Failure, Pool
 from meloformer.data.sources import Input, Source
 from meloformer.data.writer import CorpusWriter, settings_of
 from meloformer.errors import UserError
+from meloformer.report import counted
 
 POSTFIX_SECONDS = 0.2  # between two looks of the progress bar at the totals
 
@@ -142,7 +143,7 @@ def _reasons(counts: dict[str, int]) -> str:
 def summary(meta: dict, output: Path) -> str:
     """One line: what is there, and what to run next."""
     totals, rejected, shards = meta["totals"], meta["rejected"], len(meta["shards"])
-    text = f"{totals['pieces']:,} pieces, {totals['notes']:,} notes, {totals['tokens']:,} tokens"
+    text = f"{counted(totals['pieces'], 'piece')}, {totals['notes']:,} notes, {totals['tokens']:,} tokens"
     text += f" in {shards} shard{'s' if shards != 1 else ''}: {output}"
     if rejected:
         left_out = f"{sum(rejected.values())} of {totals['files']} files left out ({_reasons(rejected)})"
