@@ -23,6 +23,7 @@ from itertools import product
 
 import numpy as np
 
+from meloformer.errors import UserError
 from meloformer.generation.engine import Sample
 from meloformer.generation.prompt import Prompt
 from meloformer.generation.steering import FREE, Steering
@@ -95,11 +96,14 @@ def go_on(task: Task, sample: Sample, write: Callable[[Task, int], Sample]) -> A
     can_go_on = task.end_bar == prompt.num_bars and task.steering.bar_density is None
     while missing and can_go_on:
         windows += 1
-        step, notes = next_window(task, notes, missing)
+        try:
+            step, notes = next_window(task, notes, missing)
+        except UserError:  # beside what has been written not even a bar has room
+            break
         sample = write(step, windows)
         tokens += len(sample.tokens) - len(step.request.given)
         notes = np.concatenate([notes, step.grid_notes(sample)])
-        left = _to_do(task, [*(cell for cell in missing if cell not in step.to_write), *step.unfinished(sample)])
+        left = _to_do(task, [*sorted({*missing}.difference(step.to_write)), *step.unfinished(sample)])
         can_go_on, missing = len(left) < len(missing), left
     half = task.replaced.union(task.later).intersection(missing)
     notes = notes[[cell not in half for cell in prompt.cells_of(notes)]] if half else notes
