@@ -93,12 +93,14 @@ $(FRACTAL_TRAINED): | $(LISTED)
 $(FRACTAL_EVALUATED): | $(FRACTAL_TRAINED)
 	$(PY) evaluate.py --checkpoint $(FRACTAL)
 
-# Killed between its two lines, it would find the first one's files: they are removed, and written again.
+# Killed between two of its lines, it would find the first one's files: they are removed, and written again.
 $(FRACTAL_GENERATED): | $(FRACTAL_TRAINED)
 	rm -rf $(ROLLS)
 	$(PY) generate.py --checkpoint $(FRACTAL) --output $(ROLLS) --num_samples 4 --gif $(SURER)
 	$(PY) generate.py --checkpoint $(FRACTAL) --output $(ROLLS) --num_samples 2 --gif $(SURER) \
 	    --mode conditional --prompt data/demo/d_e1m1.mid
+	$(PY) generate.py --checkpoint $(FRACTAL) --output $(ROLLS) --num_samples 2 --gif $(SURER) \
+	    --mode inpainting --prompt data/demo/d_e1m1.mid --mask_start 64 --mask_end 128
 	@touch $@
 
 pretrained: $(PRE_EVALUATED)

@@ -162,7 +162,10 @@ def sampling_table(options: argparse.Namespace, device: torch.device, number: in
 
 
 def leaf_ratio(options: argparse.Namespace, device: torch.device, clock) -> None:
-    """The same roll sampled twice: all problems of a round in one batch, and every patch and cell in its own pass."""
+    """The same roll sampled twice: all patches of a round in one batch below, and every patch and cell alone.
+
+    Both run a level once a round and problem, as the algorithm has it: equal arithmetic, cut into other pieces.
+    """
     rounds = ROUNDS["standard"]
     model = build(["mar"] * 4, device, options.small).eval()
     timed(sample, model, 16, [1] * 4, 1, clock)
@@ -171,7 +174,7 @@ def leaf_ratio(options: argparse.Namespace, device: torch.device, clock) -> None
     slow = timed(partial(sample, leaf_by_leaf=True), model, width, rounds, 1, clock)
     print(
         f"mar, {width} columns, 8 4 2 1: leaf by leaf {slow:.1f} s, in batches {batched:.2f} s: "
-        f"{slow / batched:.0f} times faster (20 wanted at 256)",
+        f"{slow / batched:.1f} times faster (20 wanted at 256)",
         flush=True,
     )
 

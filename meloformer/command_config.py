@@ -77,7 +77,11 @@ class GenerateConfig(Settings):
     end: bool | None = option(
         None, "the piece ends with its last bar", shown="off, on where that is the end of a prompt's own music"
     )
-    derive: bool = option(True, "tell the model a prompt's key, chords, densities and roles, as far as none are given")
+    derive: bool = option(
+        True,
+        "where no key, chords, densities and roles are given, take a prompt's own; from nothing, let a model that was "
+        "trained with --predict_conditions write them; off: tell it what is given alone",
+    )
     guidance: float = option(1.0, "above 1 such conditions weigh more, for twice the work")
     temperature: float = option(1.0, "below 1 safer, above 1 wilder; 0 always takes the likeliest token")
     temperature_time: float | None = option(None, "for when notes begin", shown="temperature")
@@ -128,8 +132,7 @@ class GenerateConfig(Settings):
                 f"{prompts[0]} needs one of --continue_bars, --rewrite, --add_instruments and --anew, received "
                 f"{' and '.join(tasks) or 'none'}; the output of one may be the prompt of the next"
             )
-        underived = [] if self.derive else ["--no-derive"]
-        for flag in [] if prompts else [*tasks, *given("prompt_bars", "add_bars", "only_new"), *underived]:
+        for flag in [] if prompts else [*tasks, *given("prompt_bars", "add_bars", "only_new")]:
             raise UserError(f"{flag} needs a MIDI file to go on from; give --prompt")
         own = given("tempo", "time_signature", "instruments") + ([] if self.anew else given("bars"))
         for flag in own if prompts else []:

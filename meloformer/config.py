@@ -150,7 +150,9 @@ class DataConfig(Settings):
     role_probability: float = option(0.8, "how often a track's role is given")
     bar_density_probability: float = option(0.8, "how often the notes per quarter of every bar are given")
     predict_conditions: list[str] | None = option(
-        None, "conditions that the model learns to write itself where they stand, such as key,chords", shown="none"
+        None,
+        "conditions that the model learns to write itself, such as key,chords; generate.py lets it where none is given",
+        shown="none",
     )
 
     def __post_init__(self):
@@ -206,7 +208,9 @@ class TrainingConfig(LoopConfig):
     """What MeloFormer's runs take beside what all runs do."""
 
     compile: bool = option(False, "fuse the model's operations with torch.compile")
-    val_task_rows: int = option(32, "held-out rows for each way of deferring bars (infilling); 0 leaves it out")
+    val_task_rows: int = option(
+        32, "held-out rows for each way of deferring bars (infilling), and for predicted conditions; 0 leaves both out"
+    )
 
     def validate(self) -> None:
         super().validate()

@@ -1,7 +1,7 @@
 """Look into a MIDI file, a corpus, or one piece of a corpus: python -m meloformer.data.inspect song.mid
 
 A file: its tracks with number, name, program, bars, notes and conditions, its key and chords, and what the token grid
-would change or lose. A corpus:
+would change or lose, and what else is in it that is not read. A corpus:
 every shard's checksum, totals, what was left out and why, the instruments, quantiles of the pieces' sizes, and the
 share of the pieces that `--max-seq-len` and `--max-bars` would leave whole. `--piece N` is one piece as the model sees
 it, with `--midi` and `--plot` to write it down.
@@ -30,6 +30,7 @@ from meloformer.hid.vocabulary import ROLES
 from meloformer.midi import Score, read_score, write_midi
 from meloformer.midi.general_midi import instrument_name
 from meloformer.midi.score import DRUMS
+from meloformer.midi.unheard import count_unheard
 
 MOST_CHORDS = 24  # that are shown of a piece
 QUANTILES = (0, 25, 50, 75, 90, 95, 99, 100)
@@ -47,9 +48,12 @@ IN_WORDS = {
     "meters_rewritten": "meters written over another denominator",
     "meters_split": "meters split into equal bars",
     "meters_replaced": "meters replaced by 4/4",
+    "meters_dropped": "meters that last for no bar, dropped",
     "bars_cut": "bars cut short by a meter change inside them",
     "tempos_merged": "tempo events merged into one a bar or left out as too small",
     "tempos_clipped": "tempos outside 20 to 320",
+    "tracks_split": "tracks begun by a program change inside another",
+    "drum_kits": "drum tracks with a kit of their own, played on the standard one",
     "empty_tracks": "tracks without notes, left out",
     "no_meter": "no meter stated, taken for 4/4",
     "pitch_bends": "pitch bends, not represented",
@@ -57,6 +61,14 @@ IN_WORDS = {
     "pedal_lost": "file whose pedal cannot be told apart by channel, so its notes are not held",
     "pedals": "presses of the sustain pedal",
     "zero_duration": "notes without a duration, given one tick",
+}
+UNHEARD_IN_WORDS = {
+    "unended_notes": "notes that are never ended, dropped",
+    "lone_note_offs": "ends of notes that do not sound",
+    "aftertouch": "aftertouch events",
+    "lyrics": "lyrics",
+    "key_signatures": "key signatures",
+    "system_exclusive": "system-exclusive events",
 }
 
 
@@ -72,7 +84,10 @@ def describe_file(path: str | Path, resolution: int, sustain_pedal: str = "ignor
         _tracks(grid, encoding.segment_track, rows, vocabulary),
         *_conditions(rows, vocabulary),
     ]
-    return "\n".join(lines + _changes(grid.counts, f"on a grid of {resolution} ticks a quarter note"))
+    lines += _changes(grid.counts, f"on a grid of {resolution} ticks a quarter note")
+    return "\n".join(
+        lines + _changes(count_unheard(path), "also not represented, in no corpus counted", UNHEARD_IN_WORDS)
+    )
 
 
 def describe_piece(corpus: Corpus, piece: int) -> tuple[str, Score]:

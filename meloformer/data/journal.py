@@ -2,7 +2,8 @@
 
 In the output folder, `journal/`: `started.json` (settings and input of the run), `names` (of the pieces so far, one
 after another), and for every finished shard an `entry-*.safetensors`: its pieces' rows of the index and their bar
-shingles, and all running totals up to there. An entry is written after its shard, so a shard without one is done
+shingles, and all running totals up to there; of the shards its own alone, for all of them in every entry would take
+gigabytes at ten thousand shards. An entry is written after its shard, so a shard without one is done
 again.
 
 >>> with Journal(Path("processed"), started) as journal:       # doctest: +SKIP
@@ -104,7 +105,9 @@ class Journal:
         else:
             write_atomic(path, text.encode())
         if self.num_entries:
-            self.state = State.from_dict(self.entry(self.num_entries - 1).metadata["state"])
+            states = [entry.metadata["state"] for entry in self.entries()]
+            shards = {shard["file"]: shard for state in states for shard in state["shards"]}
+            self.state = State.from_dict(states[-1] | {"shards": list(shards.values())})
         remove_leftovers(self.output, {shard["file"] for shard in self.state.shards})
         for path, size in (
             (self.output / REJECTED, self.state.rejected_bytes),
@@ -125,7 +128,8 @@ class Journal:
         return writer
 
     def finish_entry(self, writer: ArrayWriter) -> None:
-        writer.close({"format": FORMAT_VERSION, "state": vars(self.state)})
+        state = vars(self.state) | {"shards": self.state.shards[-1:]}
+        writer.close({"format": FORMAT_VERSION, "state": state})
         self.num_entries += 1
 
     def work(self) -> Path:

@@ -111,7 +111,8 @@ class RowPlan:
     the training split as the validation split is given. With augmentation each condition (hid.controls.CONDITIONS) is
     given with its probability in `data`, those of a track apart from one another; without, those named in
     `conditions`, in windows that have room for all of `room`, so that plans of equal room hold the same music.
-    `without`: numbers of pieces to leave out.
+    Those of `data.predict_conditions` are targets with augmentation, and without where `predicts_them`. `without`:
+    numbers of pieces to leave out.
     """
 
     def __init__(
@@ -125,6 +126,7 @@ class RowPlan:
         without: np.ndarray | None = None,
         conditions: Collection[str] = (),
         room: Collection[str] = (),
+        predicts_them: bool = False,
     ):
         if split not in ("train", "validation"):
             raise ValueError(f"split is {split!r}, must be train or validation")
@@ -133,7 +135,8 @@ class RowPlan:
         # Without augmentation no draw depends on seed or epoch: validation is the same music in the same rows.
         self.seed, self.epoch = (seed, epoch) if self.augmented else (0, 0)
         self.tokenizer = Tokenizer(corpus.vocabulary)
-        self._predicted = frozenset(CONDITIONS[name] for name in data.predict_conditions or () if self.augmented)
+        predicted = data.predict_conditions or () if self.augmented or predicts_them else ()
+        self._predicted = frozenset(CONDITIONS[name] for name in predicted)
         shares = {name: getattr(data, f"{name}_probability") for name in CONDITIONS}
         if not self.augmented:
             shares = {name: float(name in conditions) for name in CONDITIONS}

@@ -34,7 +34,9 @@ from meloformer.evaluation import conditions, obedience
 from meloformer.evaluation.baselines import evaluate_baselines
 from meloformer.evaluation.by_piece import evaluate_pieces
 from meloformer.evaluation.compare import compare
+from meloformer.evaluation.predicted import Predicted
 from meloformer.files import require_file, write_atomic
+from meloformer.hid.controls import CONDITIONS
 from meloformer.model import MeloFormer
 from meloformer.pretrained import find_pretrained
 from meloformer.training.checkpoint import read_state
@@ -81,6 +83,9 @@ def run(config: EvaluateConfig) -> dict:
         mininterval=0.5 if sys.stderr.isatty() else 30.0,
     )
     likelihood = evaluate_pieces(model, plan, config.batch_size, precision, progress=progress)
+    likelihood["by_type"] |= Predicted(corpus, data, config.split).evaluate(
+        model, config.batch_size, precision=precision
+    )
     by_piece = likelihood["by_piece"]
     by_piece["name"] = [corpus.name(piece) for piece in by_piece.pop("piece")]
     worth = {}
@@ -132,7 +137,8 @@ def report(evaluation: dict) -> str:
     lines += ["", f"{'by type':14}{'tokens':>12}{'share':>10}{'a token':>10}"]
     for name, entry in evaluation["by_type"].items():
         share = entry["nats"] / evaluation["nats"] if evaluation["nats"] else 0.0
-        lines.append(f"{name:14}{entry['tokens']:12,}{share:10.1%}{entry['nats_per_token']:10.3f}")
+        shown = "apart" if name in CONDITIONS else f"{share:.1%}"
+        lines.append(f"{name:14}{entry['tokens']:12,}{shown:>10}{entry['nats_per_token']:10.3f}")
     lines += ["", f"{'bars':14}{'notes':>12}{'nats a note':>14}"]
     for entry in evaluation["by_bar"]:
         lines.append(f"{entry['bars']:14}{entry['notes']:12,}{entry['nats_per_note']:14.3f}")

@@ -26,7 +26,8 @@ from meloformer.device import autocast
 from meloformer.hid import Family
 from meloformer.hid.rows import stack_rows
 
-# Families in the report's words. What is given and never predicted (controls, MASK) has no targets and no line.
+# Families in the report's words. What is given (MASK, conditions) has no targets and no line here; conditions that are
+# predicted have theirs from evaluation.predicted.
 TYPES = {
     "T": (Family.TIME,),
     "P": (Family.PITCH,),
@@ -85,7 +86,6 @@ def count_bars(batch: Mapping[str, np.ndarray]) -> int:
     return int(((batch["type"] == Family.BAR) & (batch["track"] < 0)).sum())
 
 
-@torch.no_grad()
 def evaluate_likelihood(
     model,
     batches: Iterable[Mapping[str, np.ndarray]],
@@ -96,6 +96,17 @@ def evaluate_likelihood(
 
     Where several processes have a share of the batches each, `sum_arrays` adds up theirs (training.distributed.Ranks).
     """
+    return measure(model, batches, precision, sum_arrays).result()
+
+
+@torch.no_grad()
+def measure(
+    model,
+    batches: Iterable[Mapping[str, np.ndarray]],
+    precision: torch.dtype = torch.float32,
+    sum_arrays: Callable[..., list[np.ndarray]] | None = None,
+) -> Likelihood:
+    """The sums that `evaluate_likelihood` makes numbers of."""
     likelihood = Likelihood()
     was_training = model.training
     model.eval()
@@ -109,7 +120,7 @@ def evaluate_likelihood(
         model.train(was_training)
     if sum_arrays is not None:
         likelihood.combine(sum_arrays)
-    return likelihood.result()
+    return likelihood
 
 
 def split_batches(

@@ -86,8 +86,14 @@ class Window:
             begin=self.begins,
             end=self.ends if end is None else end,
         )
-        tempo = int(score.tempos[0]["qpm"])
-        return Request(score.num_bars, (numerator, denominator), tempo, score.instruments.tolist(), steering=steering)
+        return Request(
+            score.num_bars,
+            (numerator, denominator),
+            int(score.tempos[0]["qpm"]),
+            score.instruments.tolist(),
+            steering=steering,
+            chooses=False,  # a model that writes conditions itself is asked for no more than the others are
+        )
 
 
 def half_chords(conditions: Conditions, score: Score) -> np.ndarray:

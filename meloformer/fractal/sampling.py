@@ -59,8 +59,9 @@ def sample(
     """Fill in what is not kept. Roll i of the batch owns the random numbers of (seed, first + i).
 
     `on_step(roll uint8 (B, 128, T), known bool (B, 128, T))` sees copies: at the start and after every round (mar) or
-    patch (ar) of level 0. `leaf_by_leaf` takes every patch and every cell in a pass of its own: slow and obvious, the
-    same rolls. UserError for a width that is no multiple of 4, or too few numbers of rounds.
+    patch (ar) of level 0. `leaf_by_leaf` runs a level once a round too, but goes into one patch after the other, down
+    to the cell (and ar levels have no cache): slow and obvious, the same rolls. UserError for a width that is no
+    multiple of 4, or too few numbers of rounds.
     """
     sampler = (_LeafByLeaf if leaf_by_leaf else _Sampler)(model, known, keep, num_iter_list, seed, first)
     return sampler.run(partial(draw, temperature=temperature, sparsity_bias=sparsity_bias), on_step)
@@ -251,15 +252,17 @@ class _Sampler:
 
 
 class _LeafByLeaf(_Sampler):
-    """Every patch in a pass of its own, with nothing shared between them."""
+    """Every problem in a pass of its own, once a round, and every patch gone into alone, down to the single cell."""
 
     def fill_mar(self, level, problems, masked, valid, now, conditions) -> None:
-        for i, problem in enumerate(problems):
-            for patch in np.flatnonzero(now[i]):
-                alone = np.zeros_like(now[i : i + 1])
-                alone[0, patch] = True
-                part = None if conditions is None else conditions[i : i + 1]
-                super().fill_mar(level, np.array([problem]), masked[i : i + 1], valid[i : i + 1], alone, part)
+        for i in range(len(problems)):
+            one = slice(i, i + 1)
+            part = None if conditions is None else conditions[one]
+            super().fill_mar(level, problems[one], masked[one], valid[one], now[one], part)
+
+    def descend(self, level: int, children: np.ndarray, conditions: Tensor) -> None:
+        for i in range(len(children)):
+            super().descend(level, children[i : i + 1], conditions[i : i + 1])
 
     def _solve_ar(self, level: int, problems: np.ndarray, conditions: Tensor | None) -> None:
         for i in range(len(problems)):

@@ -18,7 +18,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, count
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +33,7 @@ from meloformer.errors import UserError
 from meloformer.evaluation.plots import piano_roll, require_matplotlib
 from meloformer.files import new_folder
 from meloformer.generation.cells import find_bars, find_cells, in_words, parse_bars, parse_rewrite
+from meloformer.generation.chosen import chosen_words
 from meloformer.generation.engine import Sample, begin, generate
 from meloformer.generation.guidance import has_conditions
 from meloformer.generation.parts import accompaniment, go_on
@@ -48,6 +49,8 @@ from meloformer.midi.general_midi import instrument_name, parse_instrument
 from meloformer.midi.merge import MidiSource
 from meloformer.model import MeloFormer
 from meloformer.report import counted, earlier_runs, refuse_taken, write_report
+
+WORDS_A_LINE = 8  # of the chords that a model chose; generation.json has all of them
 
 
 @dataclass
@@ -95,26 +98,35 @@ def run(config: GenerateConfig) -> None:
     model = MeloFormer.from_pretrained(config.checkpoint).to(choose_device(config.device))
     max_length = config.max_length or model.max_seq_len
     steering.require_known(model.conditions)
+    if not (config.derive or paths or model.predicted):
+        raise UserError(
+            "--no-derive needs a MIDI file to go on from, or a model that was trained with --predict_conditions; give "
+            "--prompt, or leave it out"
+        )
     derived = model.conditions if config.derive else []
     tasks = []
     for given in paths:
         try:
-            tasks.append(plan(config, Prompt(given.path, model.vocabulary, derived, model.tags), steering, max_length))
+            prompt = Prompt(given.path, model.vocabulary, derived, model.tags, model.predicted)
+            task = plan(config, prompt, steering, max_length)
         except UserError as error:
             raise UserError(f"{given.where}{error}") from None
+        tasks.append(replace(task, request=replace(task.request, chooses=config.derive)))
     jobs = [Job(task.request, group, task) for task, group in zip(tasks, names)] or [Job(request, names[0])]
     for job in jobs:
         begin(model, job.request, max_length, config.guidance)
     for task in tasks:
         if task.note:
             print(task.note)
+        if task.prompt.source.loss and not task.anew:
+            print(f"{task.prompt.path}: {task.prompt.source.loss}")
         if task.told:
             print(f"{task.prompt.path}: the model is told {task.told}")
     with new_folder(output):
         for job in jobs:
             pieces, seconds = _generate(model, job, config, max_length)
-            changes = [_write(job, name, piece, config, synthesizer) for name, piece in zip(job.names, pieces)]
-            runs.append(_record(job, pieces, changes, seconds, config))
+            changes = [_write(job, name, piece, config, synthesizer, model) for name, piece in zip(job.names, pieces)]
+            runs.append(_record(job, pieces, changes, seconds, config, model))
             write_report(output, runs)
 
 
@@ -158,7 +170,9 @@ def _finish(job: Job, sample: Sample, later: Callable[[Task, int, int], Sample])
     return Piece(sample, added.tokens, len(added.notes), added.unfinished, added.notes, added.gone)
 
 
-def _write(job: Job, name: str, piece: Piece, config: GenerateConfig, synthesizer: Synthesizer | None) -> Counter:
+def _write(
+    job: Job, name: str, piece: Piece, config: GenerateConfig, synthesizer: Synthesizer | None, model: MeloFormer
+) -> Counter:
     """The files of a piece; counts of what writing the MIDI file changed."""
     path, task, score, new = Path(config.output) / f"{name}.mid", job.task, named(piece.sample.score), None
     if task is None or task.anew:
@@ -172,7 +186,8 @@ def _write(job: Job, name: str, piece: Piece, config: GenerateConfig, synthesize
         piano_roll(score, path.with_suffix(".png"), name, new)
     if synthesizer is not None:
         synthesizer.render(path, path.with_suffix(".wav"))
-    print(f"{path}: {describe(job, piece)}")
+    words = chosen_words(piece.sample.chosen, model.vocabulary, model.tags, most=WORDS_A_LINE)
+    print(f"{path}: {describe(job, piece, counts)}" + (f"; the model chose {words}" if words else ""))
     if piece.unfinished:
         print(f"{path}: {_left(task, piece)}", file=sys.stderr)
     return counts
@@ -197,9 +212,18 @@ def _is_new(written: MidiSource, task: Task, gone: frozenset[tuple[int, int]], o
     return np.array([place not in kept for place in written.places(written.score.notes)], dtype=bool)
 
 
-def _record(job: Job, pieces: list[Piece], changes: list[Counter], seconds: float, config: GenerateConfig) -> dict:
+def _record(
+    job: Job,
+    pieces: list[Piece],
+    changes: list[Counter],
+    seconds: float,
+    config: GenerateConfig,
+    model: MeloFormer,
+) -> dict:
     """The run's entry in generation.json; prints its last line."""
-    tokens, notes = sum(piece.tokens for piece in pieces), sum(piece.num_notes for piece in pieces)
+    tokens = sum(piece.tokens for piece in pieces)
+    num_notes = [_in_file(piece, counts) for piece, counts in zip(pieces, changes)]
+    notes = sum(num_notes)
     cut = sum(piece.sample.hit_limit for piece in pieces)
     if cut and job.task is None:
         what = f"{cut} of {counted(len(pieces), 'piece')} {'was' if cut == 1 else 'were'} closed at max_length"
@@ -219,29 +243,36 @@ def _record(job: Job, pieces: list[Piece], changes: list[Counter], seconds: floa
                 "file": f"{name}.mid",
                 "index": piece.sample.index,
                 "tokens": piece.tokens,
-                "notes": piece.num_notes,
+                "notes": written,
                 "bars": piece.sample.score.num_bars,
                 "instruments": [instrument_name(i) for i in piece.sample.score.instruments.tolist()],
+                "chosen": chosen_words(piece.sample.chosen, model.vocabulary, model.tags),
                 "hit_max_length": piece.sample.hit_limit,
                 "unfinished": "" if not piece.unfinished else _left(job.task, piece),
                 "changes": dict(counts),
             }
-            for name, piece, counts in zip(job.names, pieces, changes)
+            for name, piece, written, counts in zip(job.names, pieces, num_notes, changes)
         ],
     }
 
 
-def describe(job: Job, piece: Piece) -> str:
-    """One line about a piece for people."""
+def _in_file(piece: Piece, counts: Counter) -> int:
+    """New notes that are in the piece's file, by what writing it counted."""
+    return piece.num_notes - counts["held_dropped"] - counts["duplicate_dropped"]
+
+
+def describe(job: Job, piece: Piece, counts: Counter) -> str:
+    """One line about a piece for people; counts: what writing it changed."""
+    notes = _in_file(piece, counts)
     if job.task is not None:
         tracks, bars = (len(set(numbers)) for numbers in zip(*job.task.to_write))
         where = f"{counted(bars, 'bar')} of {counted(tracks, 'track')}"
         if tracks * bars != job.task.cells:
             where = f"{counted(job.task.cells, 'bar')}, those of {tracks} tracks together"
-        return f"{counted(piece.num_notes, 'new note')} in {where}"
+        return f"{counted(notes, 'new note')} in {where}"
     score = piece.sample.score
     names = ", ".join(instrument_name(i) for i in score.instruments.tolist())
-    return f"{counted(score.num_bars, 'bar')}, {counted(score.num_notes, 'note')}: {names}"
+    return f"{counted(score.num_bars, 'bar')}, {counted(notes, 'note')}: {names}"
 
 
 # --- what the flags say -------------------------------------------------------------------------------------------
@@ -256,7 +287,8 @@ def read_request(config: GenerateConfig) -> Request:
             raise UserError(f"--time_signature is {config.time_signature!r}, must be like 4/4 or 6/8")
         meter = (int(numerator), int(denominator))
     instruments = None if config.instruments is None else [parse_instrument(word) for word in config.instruments]
-    return Request(config.bars, meter, config.tempo, instruments, steering=read_steering(config))
+    steering = read_steering(config)
+    return Request(config.bars, meter, config.tempo, instruments, steering=steering, chooses=config.derive)
 
 
 def read_steering(config: GenerateConfig) -> Steering:

@@ -35,12 +35,14 @@ SEGMENT_LENGTH = 5  # BAR T P L V: the fewest tokens of a bar with a note, so of
 
 @dataclass
 class Sample:
-    """One generated piece. `index` is its number among the request's samples; `hit_limit`: max_length cut it."""
+    """One generated piece. `index` is its number among the request's samples; `hit_limit`: max_length cut it;
+    `chosen`: (n,) tokens of the conditions that the model wrote itself (`generation.chosen`)."""
 
     index: int
     tokens: np.ndarray
     score: Score
     hit_limit: bool
+    chosen: np.ndarray
 
 
 def generate(
@@ -72,7 +74,7 @@ def generate(
         row = make_row([prompt], model.vocabulary, len(prompt), max_segments=1 + len(prompt) // SEGMENT_LENGTH)
         logits = session.prefill(stack_rows([row]))
     else:
-        session, logits = begin_guided(model, prompt, *room, guidance)
+        session, logits = begin_guided(model, prompt, *room, guidance, start.is_choosing)
     tokenizer = Tokenizer(model.vocabulary)
     write = write_on_device if guidance == 1 and stays_on_device(model.device, request) else _write
     samples = []
@@ -81,19 +83,31 @@ def generate(
         for index, (tokens, hit_limit) in zip(
             indices, write(session, start, logits, [(seed, i) for i in indices], sampling, progress)
         ):
+            chosen = chosen_of(start, tokens)
             tokens = np.array(tokens, dtype=np.uint16)
-            samples.append(Sample(index, tokens, tokenizer.decode(tokens), hit_limit))
+            samples.append(Sample(index, tokens, tokenizer.decode(tokens), hit_limit, chosen))
     return samples
 
 
 def begin(model: MeloFormer, request: Request, max_length: int, guidance: float = 1.0) -> ConstrainedState:
     """The state that a request's streams begin in; UserError where the request cannot be honoured."""
     request.steering.require_known(model.conditions)
-    if guidance != 1 and not has_conditions(request, model.vocabulary):
+    state = ConstrainedState(model.vocabulary, request, max_length, model.tags, model.predicted)
+    if guidance != 1 and not has_conditions(request, model.vocabulary) and not state.chosen:
         raise UserError(
             "guidance needs a condition to go by, such as --key, --chords or --density; give one, or leave it out"
         )
-    return ConstrainedState(model.vocabulary, request, max_length, model.tags)
+    return state
+
+
+def chosen_of(start: ConstrainedState, tokens: list[int]) -> np.ndarray:
+    """(n,) conditions that the model wrote itself in a stream that went on from `start`."""
+    if not start.chosen:
+        return np.zeros(0, dtype=np.int64)
+    state = start.branch()
+    for token in tokens[len(start.tokens) :]:
+        state.push(token)
+    return np.array(tokens, dtype=np.int64)[state.chosen_at]
 
 
 def stays_on_device(device: torch.device, request: Request) -> bool:
@@ -138,5 +152,8 @@ def _write(
             tokens = [tokens[row] for row in going_on]
             annotations = [annotations[row] for row in going_on]
         if active:
-            logits = session.step(np.array(tokens), Annotations(*np.array(annotations).T)).cpu().numpy()
+            logits = session.step(np.array(tokens), Annotations(*np.array(annotations).T))
+            if isinstance(session, GuidedSession):
+                logits = session.unguided(logits, np.array([streams[i].is_choosing for i in active]))
+            logits = logits.cpu().numpy()
     return [(stream.tokens, stream.hit_limit) for stream in streams]

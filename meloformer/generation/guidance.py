@@ -14,6 +14,8 @@ they do in real music. What the grammar and the request forbid is taken out afte
 >>> [v.name(token) for token in without_conditions(np.append(tokens, v.token(Family.CHORD, 0)), v)]
 ['BOS', 'CONDUCTOR', 'BAR', 'METER_4/4', 'TEMPO_90']
 
+Conditions that the model writes itself are drawn without guidance, and are given from then on.
+
 The surprise: PIECE_BEGIN and PIECE_END stay in both. They are facts about the stream that training never leaves out,
 so a stream without them does not say "unknown", it says "not the end".
 """
@@ -52,14 +54,21 @@ def has_conditions(request: Request, vocabulary: Vocabulary) -> bool:
 
 
 def begin_guided(
-    model: MeloFormer, prompt: np.ndarray, max_length: int, max_summaries: int, guidance: float
+    model: MeloFormer,
+    prompt: np.ndarray,
+    max_length: int,
+    max_summaries: int,
+    guidance: float,
+    is_choosing: bool = False,
 ) -> tuple[GuidedSession, Tensor]:
-    """A session of one stream that has read `prompt` (T,), and the logits (1, V) behind it."""
+    """A session of one stream that has read `prompt` (T,), and the logits (1, V) behind it. is_choosing: what comes
+    next may be a condition that the model writes."""
     session = GuidedSession(DecodingSession(model, 2, max_length, max_summaries), guidance)
     bars = int(np.isin(prompt, (model.vocabulary.BAR, model.vocabulary.FILL)).sum())
     pair = (prompt, without_conditions(prompt, model.vocabulary))
     rows = [make_row([tokens], model.vocabulary, len(prompt), bars) for tokens in pair]
-    return session, session.combine(session.inner.prefill(stack_rows(rows)))
+    logits = session.combine(session.inner.prefill(stack_rows(rows)))
+    return session, session.unguided(logits, np.array([is_choosing]))
 
 
 class GuidedSession:
@@ -67,7 +76,9 @@ class GuidedSession:
 
     def __init__(self, inner: DecodingSession, guidance: float):
         self.inner, self.guidance = inner, guidance
-        self.free: Tensor | None = None  # (B, V), the last logits without conditions
+        # (B, V) each, the last logits with and without conditions
+        self.given: Tensor | None = None
+        self.free: Tensor | None = None
 
     @property
     def batch_size(self) -> int:
@@ -89,20 +100,27 @@ class GuidedSession:
         given, free = logits.chunk(2)
         if waits is not None and waits.any():
             free = torch.where(torch.from_numpy(waits).to(free.device)[:, None], self.free, free)
-        self.free = free
+        self.given, self.free = given, free
         return free + self.guidance * (given - free)
+
+    def unguided(self, logits: Tensor, rows: np.ndarray) -> Tensor:
+        """Logits (B, V), with those of the model as it is in the `rows` (B,) that choose a condition themselves: the
+        stream without conditions cannot be asked which one comes next."""
+        if not rows.any():
+            return logits
+        return torch.where(torch.from_numpy(rows).to(logits.device)[:, None], self.given, logits)
 
     def keep(self, rows: Sequence[int]) -> None:
         """`DecodingSession.keep`, of streams."""
         both, index = self._rows(rows)
         self.inner.keep(both)
-        self.free = self.free[index]
+        self.given, self.free = self.given[index], self.free[index]
 
     def branch(self, rows: Sequence[int]) -> GuidedSession:
         """`DecodingSession.branch`, of streams."""
         both, index = self._rows(rows)
         twin = GuidedSession(self.inner.branch(both), self.guidance)
-        twin.free = self.free[index]
+        twin.given, twin.free = self.given[index], self.free[index]
         return twin
 
     def _rows(self, rows: Sequence[int]) -> tuple[np.ndarray, Tensor]:

@@ -100,6 +100,7 @@ def go_on(task: Task, sample: Sample, write: Callable[[Task, int], Sample]) -> A
             step, notes = next_window(task, notes, missing)
         except UserError:  # beside what has been written not even a bar has room
             break
+        step = replace(step, request=replace(step.request, chooses=task.request.chooses))
         sample = write(step, windows)
         tokens += len(sample.tokens) - len(step.request.given)
         notes = np.concatenate([notes, step.grid_notes(sample)])

@@ -37,16 +37,21 @@ ROOM = 1.5
 
 class Prompt:
     """A MIDI file as the model reads it; UserError where it cannot be read or has no notes. conditions: names of those
-    that are derived from it for the model; tags: names of the model's tags.
+    that are derived from it for the model; tags: names of the model's tags; predicted: what it chooses.
 
     `source`: the file; `score`: its quantized music, tracks in the encoder's order; `track_of[i]`: which track of
     `source.score`, so of the file, track i of `score` is.
     """
 
     def __init__(
-        self, path: str | Path, vocabulary: Vocabulary, conditions: Sequence[str] = (), tags: Sequence[str] = ()
+        self,
+        path: str | Path,
+        vocabulary: Vocabulary,
+        conditions: Sequence[str] = (),
+        tags: Sequence[str] = (),
+        predicted: Sequence[str] = (),
     ):
-        self.path, self.vocabulary, self.tags = path, vocabulary, tags
+        self.path, self.vocabulary, self.tags, self.predicted = path, vocabulary, tags, predicted
         self.tokenizer = Tokenizer(vocabulary)
         self.source = MidiSource(path)
         if not self.source.score.num_notes:

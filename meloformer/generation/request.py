@@ -9,14 +9,15 @@ sampled under it is a valid stream that honours the request.
 >>> " ".join(state.vocabulary.name(token) for token in forced)
 'BOS PIECE_BEGIN CONDUCTOR BAR METER_3/4 TEMPO_90 BAR INSTRUMENT_33 BAR'
 
-`steering` adds conditions: each is forced where it belongs, and none comes from the logits.
+`steering` adds conditions: each is forced where it belongs. None comes from the logits but those of `may_choose`, what
+a model was trained to write itself, where none are given (`generation.chosen`).
 
 With `given`, the beginning of a stream, the rest is written behind it: `instruments` are new parts then, and every
 MASK of the given tracks gets its FILL, which may stay empty.
 
 The surprise: requested instruments are written in the encoder's order as far as it is known before a note is: drums,
 then basses, then the others as they were given. And a bar that is given a chord keeps the meter and tempo in force: a
-model never learns what a chord follows, so it cannot be asked whether a change should come first.
+model that reads chords never learns what one follows, so it cannot be asked whether a change should come first.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from meloformer.errors import UserError
+from meloformer.generation.chosen import Chosen, Due, chord_places, only
 from meloformer.generation.steering import FREE, Steering
 from meloformer.hid.grammar import Region, StreamState, TokenAnnotation
 from meloformer.hid.tokenizer import BASS_PROGRAMS
@@ -48,7 +50,8 @@ class Request:
     bars: of the piece; meter (numerator, denominator) and tempo (BPM): from its beginning to its end; instruments:
     the parts, 0..127 or DRUMS, repeats allowed (None, and the steering describes parts: those). given: (T,) tokens, the
     head of a stream up to the end of a track, its conditions included; then nothing but `instruments` is asked for, the
-    parts to write behind it (None: no part), and of the steering nothing but parts.
+    parts to write behind it (None: no part), and of the steering nothing but parts. chooses: a model that was trained
+    to write conditions itself writes those that are not given.
     """
 
     bars: int | None = None
@@ -57,6 +60,7 @@ class Request:
     instruments: list[int] | None = None
     given: np.ndarray | None = None
     steering: Steering = FREE
+    chooses: bool = True
 
     def validate(self, vocabulary: Vocabulary) -> None:
         """UserError where no stream can honour it."""
@@ -99,10 +103,18 @@ class ConstrainedState:
     """A stream under a request; see the module's docstring.
 
     max_length counts all tokens, EOS too. Where the limit comes near, only tokens remain that leave room to close the
-    piece properly; `hit_limit` tells that it did. tags: names of the model's tags.
+    piece properly; `hit_limit` tells that it did. tags: names of the model's tags; may_choose: names of the conditions
+    that the model was trained to write. `chosen_at`: where in `tokens` it chose one.
     """
 
-    def __init__(self, vocabulary: Vocabulary, request: Request, max_length: int, tags: Sequence[str] = ()):
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        request: Request,
+        max_length: int,
+        tags: Sequence[str] = (),
+        may_choose: Sequence[str] = (),
+    ):
         request.validate(vocabulary)
         self.vocabulary, self.request, self.max_length = vocabulary, request, max_length
         self.state = StreamState(vocabulary)
@@ -110,14 +122,25 @@ class ConstrainedState:
         self.hit_limit = False
         self.instruments = request.ordered_instruments()
         self.controls = request.steering.controls(vocabulary, tags)
-        self.parts = self.controls.parts_of(self.instruments or [])  # conditions of each part that is asked for
-        self._forced: list[int] = []  # what comes next, whatever the logits are
+        names = may_choose if request.chooses else ()
+        self.chosen = Chosen(
+            names, self.controls, vocabulary, len(tags), self.instruments or None, request.given is not None
+        )
+        self.chosen_at: list[int] = []
+        given = self.controls.parts_of(self.instruments or [])
+        # Conditions of each part that is asked for
+        self.parts = [self.chosen.part(i, said) for i, said in zip(self.instruments or [], given)]
+        self.due: list[Due] = []  # what comes next, one token of each
+        self.last_chord = -1
+        # A BAR of the conductor owes its conditions too, and an INSTRUMENT that was not asked for those of its part.
+        self.longest_step = LONGEST_STEP + self.controls.most_in_a_bar
+        self.longest_step += len(self.chosen.in_bar()) + len(self.chosen.part_families)
         if request.bars is not None:
             self.controls.require_bars(request.bars)
         if request.meter is not None:
             self.controls.require_meter(request.meter[0])
         self.least_bars = request.bars or max(self.controls.num_bars, 1)
-        # Conditions come from the request, never from the logits; a T of the conductor would begin a chord.
+        # Conditions stand where they are due, and nowhere else.
         self._never = np.zeros(vocabulary.size, dtype=bool)
         self._never[vocabulary.start(Family.PIECE_BEGIN) :] = True
         self._never[vocabulary.MASK] = True
@@ -138,7 +161,10 @@ class ConstrainedState:
         parts = len(self.instruments or [0] * (self.request.given is None))
         if self.request.given is None:
             bars = self.least_bars
-            needed = _HEAD_LENGTH + len(self.controls.head) + bars
+            needed = _HEAD_LENGTH + len(self.chosen.head(self.controls.head)) + bars
+            needed += bars * len(self.chosen.in_bar()) + len(self.chosen.chord())
+            if self.instruments is None:
+                needed += len(self.chosen.part_families)
             if bars <= self.max_length:  # a billion bars are refused before they are gone through
                 needed += self.controls.tokens_in_bars(0, bars)
             what = f"{bars} bars of {parts} instruments"
@@ -154,6 +180,7 @@ class ConstrainedState:
     def branch(self) -> ConstrainedState:
         """A copy that goes its own way from here."""
         twin = copy.copy(self)
+        twin.chosen_at = list(self.chosen_at)
         twin.tokens, twin.state = list(self.tokens), copy.deepcopy(self.state, {id(self.vocabulary): self.vocabulary})
         return twin
 
@@ -164,25 +191,40 @@ class ConstrainedState:
     def push(self, token: int) -> TokenAnnotation:
         """Take a token that `allowed()` holds."""
         annotation = self.state.push_unchecked(token)
+        if self.due and not self.due[0].is_given:
+            self.chosen_at.append(len(self.tokens))
         self.tokens.append(token)
-        self._forced = self._forced[1:] or self._conditions_behind(Family(annotation.type))
+        if annotation.type == Family.CHORD:
+            self.last_chord = token
+        self.due = self.due[1:] or self._due_behind(Family(annotation.type))
         return annotation
 
-    def _conditions_behind(self, family: Family) -> list[int]:
-        """What is said once a token of this family has been taken."""
-        state, controls = self.state, self.controls
+    def _due_behind(self, family: Family) -> list[Due]:
+        """What must come once a token of this family has been taken."""
+        state, controls, chosen = self.state, self.controls, self.chosen
         if family == Family.BOS:
-            return list(controls.head)
+            return chosen.head(controls.head)
         if family == Family.INSTRUMENT:
-            number = state.track - self.given_tracks
-            return list(self.parts[number]) if self.instruments else []
+            if not self.instruments:
+                return chosen.part(state.instruments[-1], [])
+            return self.parts[state.track - self.given_tracks]
         if state.region != Region.CONDUCTOR:
             return []
         if family == Family.BAR:  # the first bar's chords wait for its meter and tempo
-            return controls.bar(state.bar, state.bar_length) if state.bar else controls.density_in(0)
+            said = controls.bar(state.bar, state.bar_length) if state.bar else controls.density_in(0)
+            return chosen.in_bar() + only(said)
         if family == Family.TEMPO and state.bar == 0:
-            return controls.chords_of(0, state.bar_length)
+            return chosen.chord() + only(controls.chords_of(0, state.bar_length))
+        if family == Family.TIME:
+            return [self.chosen.any_chord()]
         return []
+
+    @property
+    def is_choosing(self) -> bool:
+        """Whether the next token may be a condition that the model writes, or the T of a chord."""
+        if self.due:
+            return not self.due[0].is_given
+        return self.chosen.chords and self.state.region == Region.CONDUCTOR and self.state.tempo >= 0
 
     def forced_prefix(self) -> list[int]:
         """Take every token that leaves no choice; all tokens so far, what was given included."""
@@ -196,9 +238,11 @@ class ConstrainedState:
     def allowed(self) -> np.ndarray:
         """(V,) bool, never empty before the stream is finished."""
         state = self.state
-        if self._forced:
+        if self.due:
             mask = np.zeros(self.vocabulary.size, dtype=bool)
-            mask[self._forced[0]] = True
+            mask[self.due[0].start : self.due[0].stop] = True
+            if self.chosen.chords and self.last_chord >= 0:  # a chord that only goes on is not said again
+                mask[self.last_chord] = False
             return mask
         mask = state.allowed(masks=False)
         mask &= ~self._never
@@ -212,7 +256,10 @@ class ConstrainedState:
 
     def _constrain_conductor(self, mask: np.ndarray) -> None:
         v, state, request = self.vocabulary, self.state, self.request
+        times = chord_places(v, state.meter) if self.chosen.chords and state.tempo >= 0 else []
+        may = mask[times]
         mask[v.ids(Family.TIME)] = False
+        mask[times] = may
         for family, token in (
             (Family.METER, None if request.meter is None else v.meter(*request.meter)),
             (Family.TEMPO, None if request.tempo is None else v.tempo(request.tempo)),
@@ -247,14 +294,15 @@ class ConstrainedState:
         parts_owed = len(self.instruments) - written if self.instruments is not None else 0
         if self.instruments is None and not state.instruments:
             parts_owed = 1
-        owed = state.closing_length() + TRACK_LENGTH * parts_owed + sum(map(len, self.parts[written:]))
+        owed = len(self.chosen.part_families) * (self.instruments is None) * parts_owed
+        owed += state.closing_length() + TRACK_LENGTH * parts_owed + sum(map(len, self.parts[written:]))
         if self.request.given is None and state.region <= Region.CONDUCTOR:
             begun = state.num_bars
             owed += max(self.least_bars - begun, 0) + self.controls.tokens_in_bars(begun, max(self.least_bars, begun))
-            if state.tempo < 0 and begun:
-                owed += len(self.controls.chords_of(0, 2))
-        # A BAR of the conductor owes its conditions too.
-        if len(self.tokens) + owed + LONGEST_STEP + self.controls.most_in_a_bar <= self.max_length:
+            owed += max(self.least_bars - begun, 0) * len(self.chosen.in_bar())
+            if state.tempo < 0:
+                owed += len(self.chosen.chord()) + len(self.controls.chords_of(0, 2)) * (begun > 0)
+        if len(self.tokens) + owed + self.longest_step <= self.max_length:
             return
         closing = self._closing_choices(mask)
         if closing is not None:

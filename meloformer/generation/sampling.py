@@ -14,8 +14,12 @@ the sample's own stream, so nothing of a sample depends on its batch-mates.
 `by_family` gives families of tokens a temperature of their own: which family comes next is drawn at `temperature`,
 which of its tokens at the family's.
 
-The surprise: filters see the distribution that is left after the grammar has spoken, in the order temperature, top-k,
-top-p (Holtzman et al. 2020, arXiv 1904.09751, section 3.1), min-p (Nguyen et al. 2024, arXiv 2407.01082, section 3).
+Filters see the distribution that is left after the grammar has spoken, in the order temperature, top-k, top-p (Holtzman
+et al. 2020, arXiv 1904.09751, section 3.1), min-p (Nguyen et al. 2024, arXiv 2407.01082, section 3).
+
+The surprise: what ends a bar counts as one event. Where the model is sure that a part is over and expects a guitar, and
+a violin was asked for, the violin gets the guitar's share; left to the notes, that share would fill the end of the bar
+with whatever note is the least unlikely.
 """
 
 from __future__ import annotations
@@ -26,6 +30,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
+
+from meloformer.hid.vocabulary import Family
+
+CLOSERS = (Family.BAR, Family.INSTRUMENT, Family.FILL, Family.EOS)  # each ends the bar that is being written
+_CLOSES = np.isin(np.arange(len(Family)), CLOSERS)
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,7 @@ def choose(
 ) -> int:
     """One allowed token of (V,) logits; NonFiniteLogits where the logits of the allowed tokens are not finite.
 
-    family_of: (V,), the vocabulary's; read where the sampling has temperatures by family.
+    family_of: (V,), the vocabulary's. Without it nothing closes a bar, and there are no temperatures by family.
     """
     choices = np.flatnonzero(allowed)
     if len(choices) == 1:
@@ -62,6 +71,11 @@ def choose(
     scores = logits[choices].astype(np.float64)
     if not np.isfinite(scores).all():
         raise NonFiniteLogits("the model's logits are not finite")
+    if family_of is not None:
+        closes = _CLOSES[family_of]
+        may_close = closes[choices]
+        if may_close.any():
+            scores[may_close] += _total(logits[closes & np.isfinite(logits)]) - _total(scores[may_close])
     scores = _tempered(scores, sampling, None if family_of is None else family_of[choices])
     order = np.argsort(-scores, kind="stable")
     if sampling.temperature == 0 and not sampling.by_family:
@@ -103,7 +117,8 @@ def _at(scores: np.ndarray, temperature: float) -> np.ndarray:
 
 
 def _total(scores: np.ndarray) -> float:
-    """log of the sum of exponentials."""
+    """log of the sum of exponentials, in float64."""
+    scores = scores.astype(np.float64)
     best = scores.max()
     return float(best + np.log(np.exp(scores - best).sum())) if np.isfinite(best) else -np.inf
 
@@ -117,6 +132,7 @@ def choose_batch(
     is_bad = several & (allowed & ~logits.isfinite()).any(dim=1)
     usable = several & ~is_bad
     scores = torch.where(usable[:, None], logits.double(), 0.0).masked_fill(~allowed, -torch.inf)
+    scores = _close_alike(scores, logits, family_of)
     probabilities = _tempered_batch(scores, sampling, family_of).softmax(dim=1)
     # Ties stand in the order of their ids, as a stable sort leaves them.
     probabilities, order = probabilities.sort(dim=1, descending=True, stable=True)
@@ -134,6 +150,16 @@ def choose_batch(
     index = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(dim=1)
     last = (probabilities > 0).sum(dim=1) - 1
     return order.gather(1, torch.minimum(index, last)[:, None])[:, 0], is_bad
+
+
+def _close_alike(scores: Tensor, logits: Tensor, family_of: Tensor) -> Tensor:
+    """What ends a bar gets the share of all that does, for (B, V) scores, -inf where a token is not allowed."""
+    closes = family_of == CLOSERS[0]
+    for family in CLOSERS[1:]:
+        closes = closes | (family_of == family)
+    whole = logits.double().masked_fill(~(closes & logits.isfinite()), -torch.inf).logsumexp(dim=1, keepdim=True)
+    left = scores.masked_fill(~closes, -torch.inf).logsumexp(dim=1, keepdim=True)
+    return torch.where(closes & left.isfinite() & whole.isfinite(), scores + (whole - left), scores)
 
 
 def _tempered_batch(scores: Tensor, sampling: Sampling, family_of: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ class Task:
         if not sample.hit_limit:
             return beyond
         prompt, given = self.prompt, len(self.request.given)
-        state = ConstrainedState(prompt.vocabulary, self.request, self.max_length, prompt.tags)
+        state = ConstrainedState(prompt.vocabulary, self.request, self.max_length, prompt.tags, prompt.predicted)
         for token in sample.tokens[given:].tolist():
             state.allowed()
             if state.hit_limit:

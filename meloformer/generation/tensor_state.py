@@ -8,24 +8,29 @@ The rules are those of `StreamState` and `ConstrainedState`, which are its oracl
 Every value is a tensor on the device and changes in place, so that a captured graph of a step can be played again.
 
 The surprise: what may follow is written as families, and inside a family as a range of values. All of the grammar fits
-into that but for the meter and the tempo in force, which may not be repeated.
+into that but for the meter, the tempo and the chord in force, which may not be repeated, and the two places of chords.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from meloformer.generation.request import LONGEST_STEP, TRACK_LENGTH, ConstrainedState, Request
+from meloformer.generation.chosen import chord_places
+from meloformer.generation.request import TRACK_LENGTH, ConstrainedState, Request
 from meloformer.hid.grammar import Region
 from meloformer.hid.vocabulary import Family
+from meloformer.midi.score import DRUMS
 
-_KNOWN = {"bars", "meter", "tempo", "instruments", "given"}
+_KNOWN = {"bars", "meter", "tempo", "instruments", "given", "chooses"}
 _COUNTERS = (
     *("region", "family", "bar", "num_bars", "track", "num_tracks", "instrument", "ordinal", "fills", "num_onsets"),
     *("length", "meter", "tempo", "bar_length", "last_time", "last_pitch", "hit_limit"),
+    *("last_chord", "due"),
 )
 _NOTE = (Family.TIME, Family.PITCH, Family.DURATION, Family.VELOCITY)
 
@@ -41,10 +46,8 @@ class TensorState:
 
     def __init__(self, start: ConstrainedState, batch_size: int, device: torch.device | str = "cpu"):
         state, v, request = start.state, start.vocabulary, start.request
-        if state.region not in (Region.CONDUCTOR, Region.TRACK, Region.FILL) or not covers(request):
-            raise ValueError(
-                "a TensorState begins inside the conductor or behind a track, for a request that it covers"
-            )
+        if state.region in (Region.START, Region.END) or not covers(request):
+            raise ValueError("a TensorState begins behind BOS and before EOS, for a request that it covers")
         self.vocabulary, self.max_length, self.device = v, start.max_length, torch.device(device)
         self.num_masks, self.given_tracks, self.has_given = (
             len(state.masks),
@@ -64,6 +67,8 @@ class TensorState:
         # The parts in their order, and none behind the last.
         self.num_parts = -1 if start.instruments is None else len(start.instruments)
         self.parts = table([*(start.instruments or []), -1])
+        self.longest_step = start.longest_step
+        self._plan_conditions(start, table)
         # Where a FILL goes: track, bar, instrument and ordinal of each MASK; the last row is for FILLs that are not.
         rows = [(t, b, state.instruments[t], state.ordinals[t]) for t, b in state.masks]
         self.cells = table([*rows, (-1, -1, -1, -1)])
@@ -72,7 +77,9 @@ class TensorState:
         now.update({name: getattr(state, name) for name in ("region", "family", "bar", "track", "fills", "num_onsets")})
         now.update({name: getattr(state, name) for name in ("num_bars", "meter", "tempo", "bar_length")})
         now.update(num_tracks=len(state.instruments), length=len(start.tokens), hit_limit=int(start.hit_limit))
-        now.update(last_time=state._last_time, last_pitch=state._last_pitch)
+        now.update(last_time=state._last_time, last_pitch=state._last_pitch, last_chord=start.last_chord)
+        if start.due:
+            now.update(due=v.family_of[start.due[0].start])
         if state.track >= 0:
             now.update(instrument=state.instruments[state.track], ordinal=state.ordinals[state.track])
         for name, value in now.items():
@@ -84,6 +91,44 @@ class TensorState:
         self.instrument_counts = table(counts).repeat(batch_size, 1)
         self.tokens = torch.full((batch_size, self.max_length), v.PAD, device=device)
         self.tokens[:, : len(start.tokens)] = table(start.tokens)
+
+    def _plan_conditions(self, start: ConstrainedState, table: Callable[..., Tensor]) -> None:
+        """What `Chosen` says, as tables: which family is due behind which, and which of its values."""
+        v, chosen = start.vocabulary, start.chosen
+        self.has_chords, self.in_bar = chosen.chords, len(chosen.in_bar())
+        # Tokens that the parts still to be written owe, by how many are; of one that was not asked for.
+        self.part_owed = table([sum(map(len, start.parts[n:])) for n in range(len(start.parts) + 1)])
+        self.any_part_owed = len(chosen.part_families)
+
+        def chain(families: list[Family]) -> Tensor:
+            behind = [-1] * len(Family)
+            for before, family in pairwise(families):
+                behind[before] = int(family)
+            return table(behind)
+
+        heads = (
+            [Family(int(v.family_of[ids.start])) for ids in start.due] if start.state.region == Region.STREAM else []
+        )
+        self.behind_in_head = chain(heads)
+        self.behind_in_part = chain([Family.INSTRUMENT, *chosen.part_families])
+        bars = [-1] * len(Family)
+        if self.in_bar:
+            bars[Family.BAR] = int(Family.BAR_DENSITY)
+        if self.has_chords:
+            bars[Family.TIME] = int(Family.CHORD)
+        self.behind_in_bar = table(bars)
+        # Values of a role by instrument, and how many tags there are.
+        roles = [chosen.roles(i) for i in range(v.family_size(Family.INSTRUMENT))]
+        first = v.start(Family.ROLE)
+        self.role_low = table([ids.start - first for ids in roles])
+        self.role_high = table([ids.stop - first for ids in roles])
+        tags = [ids for ids in start.due if v.family_of[ids.start] == Family.TAG]
+        if tags:
+            self.family_size[Family.TAG] = tags[0].stop - tags[0].start
+        places = [0] * v.size  # the middle of a METER's bar, where a chord may begin in it
+        for meter in range(v.size)[v.ids(Family.METER)]:
+            places[meter] = int(v.value_of[chord_places(v, meter)[-1]])
+        self.middle_of = table(places)
 
     # --- the whole of it ------------------------------------------------------------------------------------
 
@@ -117,11 +162,14 @@ class TensorState:
         may = dict.fromkeys(Family, no)
         in_conductor, in_track, in_fill = (region == r for r in (Region.CONDUCTOR, Region.TRACK, Region.FILL))
         in_part = in_track | in_fill
-        after = {f: family == f for f in (*_NOTE, Family.BAR, Family.CONDUCTOR, Family.METER, Family.MASK, Family.FILL)}
+        seen = (Family.BAR, Family.CONDUCTOR, Family.METER, Family.MASK, Family.FILL, Family.BAR_DENSITY)
+        after = {f: family == f for f in (*_NOTE, *seen)}
         at_note, at_mask = after[Family.VELOCITY], after[Family.MASK]
 
         # The conductor: only the first bar waits for its meter and tempo.
-        at_head, is_set = in_conductor & after[Family.BAR], in_conductor & (self.tempo >= 0)
+        may[Family.CONDUCTOR] = region == Region.STREAM
+        at_head = in_conductor & (after[Family.BAR] | after[Family.BAR_DENSITY])
+        is_set = in_conductor & (self.tempo >= 0)
         may[Family.METER] = at_head
         may[Family.TEMPO] = (at_head & (self.bar > 0)) | (in_conductor & after[Family.METER])
         bar = is_set | (in_conductor & after[Family.CONDUCTOR])
@@ -136,6 +184,8 @@ class TensorState:
         may[Family.VELOCITY] = in_part & after[Family.DURATION]
         at_bar = in_track & (self.bar >= 0) & (after[Family.BAR] | at_note)
         may[Family.TIME] = at_bar | (in_fill & (at_note | after[Family.FILL]))
+        if self.has_chords:
+            may[Family.TIME] = may[Family.TIME] | is_set
         between = in_track & (at_note | at_mask)
         may[Family.BAR] = bar | (in_track & (self.bar < 0)) | ((at_bar | between) & (self.bar + 1 < self.num_bars))
         may[Family.INSTRUMENT] = instrument | between
@@ -154,6 +204,9 @@ class TensorState:
             may[Family.INSTRUMENT] = may[Family.INSTRUMENT] & ~last
             may[Family.EOS], may[Family.FILL] = may[Family.EOS] & last, may[Family.FILL] & last
         self._close(may, written, after, in_conductor, in_track, in_part)
+        is_due = self.due >= 0
+        for f in Family:
+            may[f] = torch.where(is_due, self.due == f, may[f])
         may[Family.PAD] = region == Region.END
         return self._spell(torch.stack([may[f] for f in Family], dim=1), at_note, written)
 
@@ -169,8 +222,12 @@ class TensorState:
         empty = in_track & ~is_between & (notes == 0)  # an empty BAR owes one note
         owed = owed + in_part * notes + empty * (4 + (self.bar < 0).long())
         parts = self.num_parts - written if self.num_parts >= 0 else (self.num_tracks == 0).long()
-        owed = owed + TRACK_LENGTH * parts + ((self.bars or 1) - self.num_bars).clamp(min=0)
-        is_near = (self.length + owed + LONGEST_STEP > self.max_length) & (self.region != Region.END)
+        conditions = self.part_owed[written] if self.num_parts >= 0 else self.any_part_owed * parts
+        bars = ((self.bars or 1) - self.num_bars).clamp(min=0)
+        owed = owed + TRACK_LENGTH * parts + conditions + (1 + self.in_bar) * bars
+        owed = owed + 2 * self.has_chords * (in_conductor & ~is_set)
+        is_near = (self.length + owed + self.longest_step > self.max_length) & (self.region != Region.END)
+        is_near = is_near & (self.due < 0)
 
         head = is_near & in_conductor & is_set
         end = is_near & in_part & is_between
@@ -199,7 +256,15 @@ class TensorState:
                 low[:, family] = wanted - self.vocabulary.start(family)
                 high[:, family] = low[:, family] + 1
         of, value = self.family_of, self.value_of
+        if self.any_part_owed:
+            role_of = self.instrument.clamp(min=0)
+            low[:, Family.ROLE], high[:, Family.ROLE] = self.role_low[role_of], self.role_high[role_of]
         mask = may[:, of] & (value >= low[:, of]) & (value < high[:, of])
+        if self.has_chords:
+            middle = torch.where(self.due >= 0, 0, self.middle_of[self.meter.clamp(min=0)])[:, None]
+            elsewhere = (of == Family.TIME) & (value != 0) & (value != middle)
+            mask = mask & ~(elsewhere & (self.region == Region.CONDUCTOR)[:, None])
+            mask = mask & (self.ids != self.last_chord[:, None])
         return mask & (self.ids != self.meter[:, None]) & (self.ids != self.tempo[:, None])
 
     # --- taking a token ----------------------------------------------------------------------------------------
@@ -236,7 +301,8 @@ class TensorState:
         )
         self.num_tracks += part
         self.fills += fill
-        region = torch.where(part, int(Region.TRACK), torch.where(fill, int(Region.FILL), self.region))
+        region = torch.where(new[Family.CONDUCTOR], int(Region.CONDUCTOR), self.region)
+        region = torch.where(part, int(Region.TRACK), torch.where(fill, int(Region.FILL), region))
         self.region.copy_(torch.where(end, int(Region.END), region))
 
         # The conductor's bars, meters and tempos.
@@ -260,7 +326,18 @@ class TensorState:
         self.family.copy_(torch.where(goes_on, family, self.family))
         self.length += goes_on
 
-        in_note = time | pitch | new[Family.DURATION] | new[Family.VELOCITY]
+        # The conditions that are due behind it.
+        self.last_chord.copy_(torch.where(new[Family.CHORD], tokens, self.last_chord))
+        due = torch.where(self.region == Region.STREAM, self.behind_in_head[family], -1)
+        due = torch.where(in_conductor & ~part, self.behind_in_bar[family], due)
+        if self.has_chords:
+            due = torch.where(new[Family.TEMPO] & (self.bar == 0), int(Family.TIME), due)
+        of_part = self.behind_in_part[family]
+        of_part = torch.where((of_part == Family.POLYPHONY) & (self.instrument == DRUMS), -1, of_part)
+        due = torch.where((self.region == Region.TRACK) & (self.bar < 0), of_part, due)
+        self.due.copy_(torch.where(goes_on, due, -1))
+
+        in_note = time | pitch | new[Family.DURATION] | new[Family.VELOCITY] | new[Family.CHORD]
         start = self.bar_lines.gather(1, self.bar[:, None].clamp(min=0))[:, 0]
         none = torch.full_like(family, -1)
         return torch.stack(

@@ -23,6 +23,8 @@ The rules (counted under the names in brackets; DESIGN.md section 3):
   two quarters; else 4/4. [meters_rewritten, meters_split, meters_replaced]
 - a meter change inside a bar cuts that bar short, to a sixteenth. [bars_cut] A restatement of the meter in force is
   no change.
+- a meter that lasts for no bar, because the next comes on the same bar line of the grid or because no note begins after
+  it, is dropped. [meters_dropped]
 - notes beyond a gap of more than 64 bars are dropped if they are at most 1 % of the piece. [stray_notes]
 - one tempo a bar, the bar's average so that its seconds are kept, written where it differs by 4 % or more from the one
   in force; what a smaller change leaves is carried into the next bar. [tempos_merged; tempos_clipped outside 20..320]
@@ -88,6 +90,7 @@ def quantize(score: Score, vocabulary: Vocabulary) -> Score:
     )
     lines = result.bar_lines()
     result.meters = meters[meters["tick"] < lines[-1]]
+    counts["meters_dropped"] += len(meters) - len(result.meters)
     result.tempos = _tempos_on_grid(score, lines, resolution, counts)
     result.counts = score.counts + counts  # + drops the zeros
     return result
@@ -240,7 +243,9 @@ def _meters_on_grid(score: Score, vocabulary: Vocabulary, last_onset: int, count
             continue
         tick = floor(tick * resolution / score.ticks_per_quarter + 0.5)
         if table and tick > last_onset:
-            break
+            counts["meters_dropped"] += 1
+            in_force = (n, d)
+            continue
         if table:
             _, last_n, last_d = table[-1]
             length = bar_ticks(last_n, last_d, resolution)
@@ -260,6 +265,7 @@ def _meters_on_grid(score: Score, vocabulary: Vocabulary, last_onset: int, count
             counts[rule] += 1
         if table and table[-1][0] == position:  # the earlier meter lasted for no bar at all
             table.pop()
+            counts["meters_dropped"] += 1
         table.append((position, *meter))
         in_force = (n, d)
     changes = [m for i, m in enumerate(table) if i == 0 or m[1:] != table[i - 1][1:]]

@@ -16,12 +16,18 @@ tempos), without the notes of `removed`, and with the new ones; and counts of wh
 - A new note is never struck while a kept note of its pitch sounds in its track (`held_dropped`), and ends where the
   next of its pitch, kept or new, begins (`overlap_cut`); of new notes struck together the longest stays
   (`duplicate_dropped`). So readers pair the kept notes as before.
+- A note-on that the file never ends would take the end of any later note of its pitch, and a note-off without a note
+  would cut a new note short. A new note that meets one goes to a track of its own: `unpaired_avoided` notes.
+- What the file has beside the tracks that it states is not copied: `skipped_chunks`, `leftover_tracks`.
+
+As many new notes are written as were given, less `held_dropped` and `duplicate_dropped`, and readers find all of them.
 
 The surprise: events are copied as bytes, and no library reads and writes them: those drop what they do not know.
 """
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
@@ -59,15 +65,24 @@ class Note(NamedTuple):
 
 @dataclass
 class _FileTrack:
-    """One MTrk: its events, its notes, and per channel the ticks and programs of its program changes."""
+    """One MTrk: its events, its notes, and per channel the ticks and programs of its program changes. `unpaired`: by
+    channel and pitch, (first, last) tick of what is no note: a note-on without an end, to the end of time, and a
+    note-off without a beginning, on its tick."""
 
     events: list[tuple[int, bytes]]
     notes: list[Note]
     changes: dict[int, tuple[list[int], list[int]]]
+    unpaired: dict[tuple[int, int], list[tuple[int, float]]]
 
     def program(self, channel: int, tick: int) -> int:
         ticks, programs = self.changes[channel]
         return programs[bisect_right(ticks, tick)]
+
+    def has_room(self, channel: int, onset: int, duration: int, pitch: int, _velocity: int) -> bool:
+        """Whether nothing unpaired would end a new note, or take its end: on one tick new notes end before the file's
+        events and begin after them."""
+        spans = self.unpaired.get((channel, pitch), ())
+        return not any(first < onset + duration and onset < last for first, last in spans)
 
 
 class Part(NamedTuple):
@@ -79,14 +94,15 @@ class Part(NamedTuple):
 
 
 class MidiSource:
-    """A file taken apart: `score` as `read_score` has it, and where each of its notes stands in the file.
+    """A file taken apart: `score` as `read_score` has it, where each of its notes stands in the file, and counts of
+    what it has beside its tracks: `not_copied`.
 
     MidiError where it cannot be read, or is so damaged that its events cannot be told apart.
     """
 
     def __init__(self, path: str | Path):
         self.path, self.score = path, read_score(path)
-        self.kind, self.ticks_per_quarter, chunks, _ = split(path)
+        self.kind, self.ticks_per_quarter, chunks, self.not_copied = split(path)
         programs = shared_programs(chunks)
         try:
             self.tracks = [_read_track(chunk, programs) for chunk in chunks]
@@ -107,6 +123,13 @@ class MidiSource:
         if not np.array_equal(np.sort(note_table(rows), order=fields), np.sort(self.score.notes, order=fields)):
             raise MidiError(f"{path}: damaged MIDI (its notes read differently twice); {RESAVE}")
 
+    @property
+    def loss(self) -> str:
+        """`not_copied` in words, empty where all is."""
+        kinds = {"skipped_chunks": "chunks that are no tracks", "leftover_tracks": "tracks beyond the stated number"}
+        said = [f"{kinds[name]}: {number}" for name, number in self.not_copied.items()]
+        return f"not copied are {', '.join(said)}" if said else ""
+
     def places(self, notes: np.ndarray) -> list[tuple[int, int, int, int]]:
         """(track of the file, channel, onset, pitch) of rows of `score.notes`."""
         parts = [self.parts[track][:2] for track in notes["track"].tolist()]
@@ -117,6 +140,12 @@ class MidiSource:
         part = self.parts[track]
         in_force = self.tracks[part.file_track].program(part.channel, tick)
         return part.channel == DRUM_CHANNEL or in_force == part.program
+
+    def part_at(self, file_track: int, channel: int, tick: int) -> int:
+        """The part that plays there; of drums, whose kit may be one without notes, the first if it is none."""
+        program = self.tracks[file_track].program(channel, tick)
+        same = [i for i, part in enumerate(self.parts) if part[:2] == (file_track, channel)]
+        return min(same, key=lambda i: self.parts[i].program != program)
 
 
 def merge_midi(
@@ -133,11 +162,11 @@ def merge_midi(
     removed: rows of `source.score.notes` that are left out. end_tick: the file lasts at least so long. only_new: no
     note of the source is written. MidiError where the file cannot be written.
     """
-    counts: Counter = Counter()
+    counts = source.not_copied.copy()
     tracks = source.tracks
     guests = defaultdict(list)  # new notes by the track of the file that takes them; their track is the channel there
     homeless = defaultdict(list)  # those that need a track of their own, by number
-    for row in notes.tolist():
+    for row in resolve_overlaps(notes, counts).tolist():
         if row[0] < len(source.parts) and source.plays(row[0], row[1]):
             part = source.parts[row[0]]
             guests[part.file_track].append((part.channel, *row[1:]))
@@ -148,28 +177,36 @@ def merge_midi(
     lists = []
     for i, track in enumerate(tracks):
         kept, dropped = [], set()
-        for note in track.notes:
-            if only_new or (source.number[Part(i, note.channel, note.program)], note.onset) in gone:
+        for note in [] if only_new else track.notes:
+            if (source.number[Part(i, note.channel, note.program)], note.onset) in gone:
                 dropped |= {note.on_at, note.off_at}
             else:
                 kept.append(note)
-        stays = [(tick, _FILE, event) for at, (tick, event) in enumerate(track.events) if at not in dropped]
+        stays = [
+            (tick, _FILE, event)
+            for at, (tick, event) in enumerate(track.events)
+            if at not in dropped and not (only_new and event[0] >> 4 in (NOTE_ON, NOTE_OFF))
+        ]
         # Channel by channel, not part by part: two kits of one track of the file are two parts on channel 10.
-        rows = resolve_overlaps(note_table(guests[i]), counts).tolist()
-        added = _avoid_kept(rows, kept, counts)
-        lists.append(stays + [event for row in added for event in _note_events(row[0], row)])
+        rows = _avoid_kept(resolve_overlaps(note_table(guests[i]), counts).tolist(), kept, counts)
+        for row in rows:
+            if only_new or track.has_room(*row):
+                stays += _note_events(row[0], row)
+            else:
+                homeless[source.part_at(i, row[0], row[1])].append(row)
+                counts["unpaired_avoided"] += 1
+        lists.append(stays)
 
     channels = _Channels(tracks, counts)
     for number, rows in sorted(homeless.items()):
         if number < len(source.parts):
             part = source.score.tracks[number]
             instrument, name = part.instrument, part.name or instrument_name(part.instrument)
-            counts["own_channel"] += 1
+            counts["own_channel"] += instrument != DRUMS
         else:
             instrument = int(instruments[number - len(source.parts)])
             name = instrument_name(instrument)
         channel, setup = channels.choose(instrument)
-        rows = resolve_overlaps(note_table(rows), counts).tolist()
         head = [(0, _FILE, event) for event in (_name_event(name), *setup)]
         lists.append(head + [event for row in rows for event in _note_events(channel, row)])
 
@@ -195,7 +232,7 @@ def _read_track(chunk: bytes, shared: dict[int, int]) -> _FileTrack:
     listed = list(events(chunk))
     changes: dict[int, tuple[list[int], list[int]]] = {c: ([], [shared.get(c, 0)]) for c in range(16)}
     sounding: dict[tuple[int, int], deque] = defaultdict(deque)
-    notes = []
+    notes, unpaired = [], defaultdict(list)
     for at, (tick, event) in enumerate(listed):
         kind, channel = event[0] >> 4, event[0] & 15
         data = [min(byte, 127) for byte in event[1:3]]  # as readers repair them
@@ -204,10 +241,14 @@ def _read_track(chunk: bytes, shared: dict[int, int]) -> _FileTrack:
         elif kind in (NOTE_ON, NOTE_OFF) and sounding[channel, data[0]]:
             program, onset, velocity, on_at = sounding[channel, data[0]].popleft()
             notes.append(Note(channel, program, onset, tick, data[0], velocity, on_at, at))
+        elif kind in (NOTE_ON, NOTE_OFF):
+            unpaired[channel, data[0]].append((tick, tick))
         elif kind == PROGRAM_CHANGE:
             changes[channel][0].append(tick)
             changes[channel][1].append(data[0])
-    return _FileTrack(listed, notes, changes)
+    for key, begun in sounding.items():
+        unpaired[key] += [(onset, math.inf) for _, onset, _, _ in begun]
+    return _FileTrack(listed, notes, changes, dict(unpaired))
 
 
 def _avoid_kept(rows: list, kept: list[Note], counts: Counter) -> list:

@@ -52,6 +52,11 @@ def extend_sustained(score: Score, data: bytes) -> Score:
     return replace(score, notes=note_table(notes), counts=+counts)
 
 
+def sounding_parts(data: bytes) -> list[tuple[int, int, int]]:
+    """Sorted (track of the file, channel, program) with a whole note, of tidied data."""
+    return _walk(data)[0]
+
+
 def _walk(data: bytes) -> tuple[list[tuple[int, int, int]], list[tuple[int, int, bool]]]:
     """Sorted (track of the file, channel, program) with a whole note; (tick, channel, down) of every pedal event."""
     parts, presses = set(), []

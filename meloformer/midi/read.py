@@ -8,10 +8,12 @@ What the file says becomes tables, and nothing is moved: times are the file's ow
 meters and stray notes are all still there (`hid.quantize` deals with them). The rules, the same for both readers:
 
 - One `Track` for each (track of the file, channel, program) that has notes, in that order. A program change inside
-  a track so starts another track; a note has the program that was in force, in its own track, when it began (and
-  before any, the one that another track states for the channel). Drums are channel 10.
+  a track so starts another track: `tracks_split`. A note has the program that was in force, in its own track, when it
+  began (and before any, the one that another track states for the channel). Drums are channel 10; their program is
+  the number of a kit, which no instrument stands for: `drum_kits`, the drum tracks with another than the standard one.
 - A note-off ends the oldest sounding note of its pitch, channel and track. A note that is never ended is dropped,
-  and so is a note-off without a note; symusic does not report them, so they are not counted.
+  and so is a note-off without a note; symusic does not report them, so `midi.unheard` counts them, and only for a file
+  that one asks about: it takes as long as all the rest.
 - A note that ends on the tick where it begins (common in drum tracks) lasts one tick: `zero_duration`.
 - Meters and tempos start at tick 0, 4/4 and 120 quarters a minute unless the file says so. Of several on one tick
   the last of the file wins: `same_tick_meters`, `same_tick_tempos`, counted where they differ. A meter without beats
@@ -21,7 +23,7 @@ meters and stray notes are all still there (`hid.quantize` deals with them). The
   with both is too far gone to be music. Tracks beyond the number that the file states are not read:
   `leftover_tracks`.
 - What a Score does not hold is counted, as far as the library reports it: `pitch_bends`, `control_changes`,
-  `pedals` (presses of the sustain pedal).
+  `pedals` (presses of the sustain pedal); aftertouch, lyrics, keys and system-exclusive events in `midi.unheard`.
 
 What cannot be read is a `MidiError`: SMPTE time, division 0, type 2 (independent patterns, not one piece), files cut
 short, and files that are no MIDI.
@@ -36,6 +38,7 @@ import io
 import re
 import struct
 from collections import Counter, defaultdict, deque
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +55,7 @@ from meloformer.midi.score import (
     Score,
     Track,
 )
+from meloformer.midi.splits import num_split
 
 try:
     import symusic
@@ -109,11 +113,13 @@ def _count_repair(path, counts: Counter) -> None:
 
 def _with_symusic(path: str | Path, data: bytes, counts: Counter) -> Score:
     counts = counts.copy()
+    parse = symusic.Score.from_midi
     try:
         try:
-            parsed = symusic.Score.from_midi(data)
+            parsed = parse(data)
         except RuntimeError:
-            parsed = symusic.Score.from_midi(data, sanitize_data=True)
+            parse = partial(parse, sanitize_data=True)
+            parsed = parse(data)
             _count_repair(path, counts)
     except (RuntimeError, IndexError, MemoryError, OverflowError, UnicodeError) as error:
         reason = str(error).split("\n")[0].removeprefix("MiniMidi: ").removesuffix(": iostream error")
@@ -130,7 +136,8 @@ def _with_symusic(path: str | Path, data: bytes, counts: Counter) -> Score:
             sounding.append(notes.numpy())
             sizes.append(len(notes))
             tracks.append(Track(track.program, track.is_drum, track.name))
-    counts.update(pitch_bends=bends, control_changes=controls, pedals=pedals)
+    split = num_split(data, parse, parsed)
+    counts.update(pitch_bends=bends, control_changes=controls, pedals=pedals, tracks_split=split)
     columns = [_joined([part[name] for part in sounding]) for name in ("time", "duration", "pitch", "velocity")]
     notes = NoteColumns(np.repeat(np.arange(len(tracks)), sizes), *columns)
     meters, tempos = parsed.time_signatures.numpy(), parsed.tempos.numpy()
@@ -228,6 +235,7 @@ def _with_miditoolkit(path: str | Path, data: bytes, counts: Counter) -> Score:
     tracks, rows = [], []
     for track in parsed.tracks:
         parts = _notes_by_part(track, counts)
+        counts["tracks_split"] += len(parts) - len({channel for channel, _ in parts})
         for channel, program in sorted(parts):
             rows += [(len(tracks), *row) for row in parts[channel, program]]
             tracks.append(Track(program, channel == 9, _name(track)))
@@ -285,6 +293,7 @@ def _finish(path, ticks_per_quarter, tracks, notes: NoteColumns, meters, tempos,
         notes = notes._replace(duration=np.maximum(notes.duration, 1))
         counts["zero_duration"] += num_zero
     counts["no_meter"] += not len(meters["time"])
+    counts["drum_kits"] += sum(track.is_drum and track.program > 0 for track in tracks)
     return Score(
         ticks_per_quarter,
         tracks,

@@ -124,7 +124,8 @@ class MeloFormer(nn.Module):
     """The model of one config and one vocabulary; float32 parameters, initialised from torch's global generator.
 
     max_seq_len: tokens of the longest stream it is trained on. Nothing breaks beyond it, but nothing was learnt there.
-    conditions: names (of `hid.controls.CONDITIONS`) of what it was told of its pieces; tags: names of TAG 0, 1, ...
+    conditions: names (of `hid.controls.CONDITIONS`) of what it was told of its pieces; predicted: which of them it
+    learnt to write itself; tags: names of TAG 0, 1, ...
     """
 
     def __init__(self, config: ModelConfig, vocabulary: Vocabulary, max_seq_len: int = 24576):
@@ -133,6 +134,7 @@ class MeloFormer(nn.Module):
         self.config, self.vocabulary, self.max_seq_len = config, vocabulary, max_seq_len
         self.static_shapes = False  # every batch must look the same to torch.compile
         self.conditions: list[str] = []
+        self.predicted: list[str] = []
         self.tags: list[str] = []
         self.gradient_checkpointing = False  # keep only what enters each layer, and compute the rest twice
         self.rule = AttentionRule(config)
@@ -351,6 +353,7 @@ class MeloFormer(nn.Module):
             "vocabulary": self.vocabulary.to_dict(),
             "max_seq_len": self.max_seq_len,
             "conditions": self.conditions,
+            "predicted": self.predicted,
             "tags": self.tags,
         }
         write_atomic(folder / CONFIG, json.dumps(about, indent=1).encode())
@@ -372,6 +375,7 @@ class MeloFormer(nn.Module):
         config = ModelConfig.from_dict(about["model"], f"{folder / CONFIG}: model")
         model = cls(config, saved, about["max_seq_len"])
         model.conditions, model.tags = about.get("conditions", []), about.get("tags", [])
+        model.predicted = about.get("predicted", [])
         try:
             model.load_state_dict(load_tensors((folder / WEIGHTS).read_bytes()))
         except (OSError, SafetensorError, RuntimeError) as error:

@@ -124,7 +124,7 @@ def _draw_types(ax, runs: list[Path], metrics: list[dict[str, list[dict]]]) -> N
         dict.fromkeys(name for records in validations for record in records for name in record.get("by_type", {}))
     )
     if len(runs) == 1:
-        for name, colour in zip(names, COLOURS):
+        for name, colour in zip(names, COLOURS * (1 + len(names) // len(COLOURS))):
             shown = [{"step": r["step"], **r.get("by_type", {}).get(name, {})} for r in validations[0]]
             ax.plot(*column(shown, "nats_per_token"), color=colour, marker=".", label=name)
         if names:

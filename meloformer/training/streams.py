@@ -19,6 +19,7 @@ from meloformer.data import Corpus, RowPlan, Step
 from meloformer.data.packing import SKIP_REASONS
 from meloformer.errors import UserError
 from meloformer.evaluation.likelihood import evaluate_likelihood, split_batches
+from meloformer.evaluation.predicted import Predicted
 from meloformer.evaluation.tasks import Tasks
 from meloformer.model import MeloFormer
 from meloformer.training.distributed import Ranks
@@ -53,7 +54,7 @@ class Streams(Family):
             raise UserError(
                 f"training.patience is {self.settings.patience}, and nothing is held out; raise --validation_fraction"
             )
-        self.tasks = Tasks(self.corpus, data)
+        self.tasks, self.predicted = Tasks(self.corpus, data), Predicted(self.corpus, data)
         return plan
 
     def plan(self, epoch: int) -> RowPlan:
@@ -73,6 +74,7 @@ class Streams(Family):
         model = MeloFormer(self.config.model, self.corpus.vocabulary, self.config.data.max_seq_len)
         model.tags = self.corpus.tags
         model.conditions = self.config.data.given_conditions() if self.corpus.has_conditions else []
+        model.predicted = self.config.data.predict_conditions or []
         return model
 
     def open_pretrained(self, path: str) -> MeloFormer:
@@ -96,6 +98,7 @@ class Streams(Family):
         if settings.val_task_rows:
             rows = (settings.batch_size, settings.val_task_rows)
             by_task = self.tasks.evaluate(model, *rows, precision, *share, ranks.sum_arrays)
+            likelihood["by_type"] |= self.predicted.evaluate(model, *rows, precision, *share, ranks.sum_arrays)
         return {**likelihood, "by_task": by_task}
 
     def score(self, result: dict[str, Any]) -> float:

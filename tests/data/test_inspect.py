@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import mido
 import pytest
 
 from meloformer.data import Corpus, DataError
@@ -42,6 +43,16 @@ def test_a_file_shows_its_tracks_and_what_the_grid_would_lose(tmp_path):
     assert words(text, "1  durations cut")[0] == "1"
     assert words(text, "key")[-4:] == ["density", "1", "of", "10"]
     assert words(text, "chords")[:5] == ["chords,", "by", "bar", "|", "1:"]
+
+
+def test_a_file_shows_what_no_reader_reports(tmp_path):
+    """A note that is never ended is dropped, and nothing said so."""
+    track = mido.MidiTrack([mido.Message("note_on", note=60), mido.Message("note_off", note=60, time=96)])
+    track += [mido.Message("note_on", note=61), mido.Message("program_change", program=40), *track]
+    mido.MidiFile(tracks=[track], ticks_per_beat=96).save(tmp_path / "a.mid")
+    text = describe_file(tmp_path / "a.mid", 24)
+    assert words(text, "1  tracks begun by a program change")[0] == "1"
+    assert text.endswith("1  notes that are never ended, dropped")
 
 
 def test_a_corpus_in_numbers(corpus):

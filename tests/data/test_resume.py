@@ -15,8 +15,10 @@ import pytest
 
 from meloformer import files
 from meloformer.data import Corpus
+from meloformer.data.arrays import FORMAT_VERSION
 from meloformer.data.journal import JOURNAL, Journal
 from meloformer.data.pool import _Worker
+from meloformer.data.shards import shard_name
 from meloformer.data.sources import Input
 from meloformer.data.writer import CorpusWriter
 from meloformer.errors import UserError
@@ -170,3 +172,20 @@ def test_two_runs_do_not_write_into_one_folder(midi, tmp_path):
         pytest.raises(UserError, match="another run is writing here"),
     ):
         run(midi, tmp_path)
+
+
+def test_an_entry_holds_its_own_shard_alone(tmp_path):
+    """Each held the list of all shards before it: 8 GB at ten thousand. A journal may still hold such."""
+    with Journal(tmp_path, {"settings": {}, "input": {}}, 0) as journal:
+        for number in range(40):
+            journal.state.shards.append({"file": shard_name(number), "sha256": f"{number:064d}"})
+            if number == 2:
+                journal.new_entry().close({"format": FORMAT_VERSION, "state": vars(journal.state)})
+                journal.num_entries += 1
+            else:
+                journal.finish_entry(journal.new_entry())
+        shards = journal.state.shards
+    sizes = [path.stat().st_size for path in sorted((tmp_path / JOURNAL).glob("entry-*"))]
+    assert len(sizes) == 40 and max(sizes[3:]) <= sizes[0] + 16 < sizes[2]
+    with Journal(tmp_path, {"settings": {}, "input": {}}, 0) as journal:
+        assert journal.state.shards == shards

@@ -18,6 +18,7 @@ from meloformer.generation.steering import parse_parts
 from meloformer.hid import Annotations, Family
 from meloformer.hid.conditions import parse_chord, parse_key
 from meloformer.midi import DRUMS, Score
+from tests.generation.likeliest import decided
 from tests.generation.steered import TAGS, TOKENIZER, steerable, steerings
 from tests.hid.streams import VOCABULARY
 from tests.model.music import tiny_model
@@ -134,7 +135,7 @@ def test_parts_are_found_by_their_instruments():
     described = parse_parts(["program=violin,density=4", "program=33", "role=bass", "program=violin,polyphony=2"])
     request = Request(1, (4, 4), 90, [40, 33, 40, DRUMS], steering=Steering(parts=described))
     state = ConstrainedState(VOCABULARY, request, 300)
-    assert [TOKENIZER.text(np.array(tokens)) for tokens in state.parts] == [
+    assert [TOKENIZER.text(np.array([ids.start for ids in part], dtype=int)) for part in state.parts] == [
         *("", "ROLE_bass", "DENSITY_4", "POLYPHONY_2"),
     ]
     alone = Request(1, steering=Steering(parts=described))
@@ -249,7 +250,7 @@ def test_guided_logits_are_the_formula_over_two_full_passes():
 
 
 def test_guidance_of_one_is_none_and_of_zero_forgets_the_conditions():
-    model = steerable().double()
+    model = decided(steerable()).double()
     request = Request(2, (4, 4), 90, [33], steering=Steering(key="A minor", chords="Am F"))
     plain = Request(2, (4, 4), 90, [33])
 

@@ -94,6 +94,22 @@ def test_a_meter_change_inside_a_bar_cuts_it_to_a_sixteenth():
     assert restated.meters.tolist() == [(0, 4, 4)]
 
 
+def test_meters_that_last_for_no_bar_are_counted():
+    """A real file's 3/4 for five ticks, and its 7/8 behind the last note, went without a trace."""
+    notes, meters = (
+        [(24 * i, 24, 60) for i in range(16)],
+        [(0, 4, 4), (96, 3, 4), (97, 5, 4), (1300, 7, 8), (1400, 7, 8)],
+    )
+    score = quantize(score_of(*notes, meters=meters), V)
+    assert score.meters.tolist() == [(0, 4, 4), (96, 5, 4)]
+    assert score.counts["meters_dropped"] == 2  # the second 7/8 restates the first
+    assert not quantize(score_of(*notes, meters=[*meters[:1], (1300, 4, 4)]), V).counts["meters_dropped"]
+    # a meter in the gap before a stray note goes with it
+    notes = [(24 * i, 24, 60) for i in range(200)]
+    score = quantize(score_of(*notes, (96 * 500, 24, 60), meters=[(0, 4, 4), (96 * 300, 3, 4)]), V)
+    assert score.counts["stray_notes"] == score.counts["meters_dropped"] == 1
+
+
 def test_a_pick_up_bar_keeps_its_length():
     score = quantize(score_of((0, 24, 60), (24, 24, 60), (120, 24, 60), meters=[(0, 1, 4), (24, 4, 4)]), V)
     assert score.bar_lines().tolist() == [0, 24, 120, 216]
