@@ -294,7 +294,7 @@ def terse(task, seed=0):
             allowed = np.setdiff1d(allowed, [*ends, VOCABULARY.BAR])
         state.push(int(rng.choice(allowed)))
     tokens = np.array(state.tokens, dtype=np.uint16)
-    return Sample(0, tokens, TOKENIZER.decode(tokens), state.hit_limit)
+    return Sample(0, tokens, TOKENIZER.decode(tokens), state.hit_limit, np.zeros(0, dtype=np.int64))
 
 
 # --- where the context ends -----------------------------------------------------------------------------------------
@@ -319,9 +319,10 @@ def test_what_the_limit_cut_keeps_its_old_notes(prompt, tmp_path):
     """Bars that were to be rewritten and were not reached lost their music, and the exit status was 0."""
     cells = frozenset((track, bar) for track in (0, 1, 3) for bar in range(6))
     window, model, seen = Window(0, 6, cells), tiny_model(), set()
-    limit = len(as_task(prompt, window, [], Steering(), "", 4000).request.given) + 100
-    task = as_task(prompt, window, [], Steering(), "", limit)
-    for sample in generate(model, task.request, 6, max_length=limit):
+    given = len(as_task(prompt, window, [], Steering(), "", 4000).request.given)
+    for room in (30, 45, 60):
+        task = as_task(prompt, window, [], Steering(), "", given + room)
+        sample = terse(task)
         left = task.unfinished(sample)
         assert sample.hit_limit and left and left == sorted(cells)[-len(left) :]
         seen.add(len(left))
