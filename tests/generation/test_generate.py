@@ -23,7 +23,7 @@ from meloformer.generation.sound import Synthesizer
 from meloformer.hid import Tokenizer
 from meloformer.midi import Score, Track, note_table, read_score, write_midi
 from meloformer.midi.chunks import split
-from meloformer.report import earlier_runs
+from meloformer.report import counted, earlier_runs
 from tests.generation.likeliest import decided, likeliest
 from tests.hid.streams import VOCABULARY
 from tests.model.music import tiny_model
@@ -340,7 +340,7 @@ def test_the_record_counts_the_notes_that_a_reader_finds(checkpoint, tmp_path, s
     for sample in record["samples"]:
         assert sample["changes"]["leftover_tracks"] == 1
         assert sample["notes"] == read_score(tmp_path / "out" / sample["file"]).num_notes - len(held)
-        assert f"{sample['file']}: {sample['notes']} new notes in 1 bars" in said
+        assert f"{sample['file']}: {counted(sample['notes'], 'new note')} in 1 bar of 1 track" in said
     assert any("held_dropped" in s["changes"] for s in record["samples"]) and any(s["notes"] for s in record["samples"])
     assert "song.mid: not copied are tracks beyond the stated number: 1" in said
 
