@@ -26,7 +26,9 @@ from meloformer.config import ModelConfig
 from meloformer.errors import UserError, exit_cleanly
 from meloformer.generation import Part, Request, Sample, Sampling, Steering, generate
 from meloformer.generation.guidance import has_conditions
-from meloformer.generation.prompt import Prompt, Task, accompaniment, anew, continuation, rewriting
+from meloformer.generation.parts import accompaniment
+from meloformer.generation.prompt import Prompt
+from meloformer.generation.tasks import Task, anew, continuation, rewriting
 from meloformer.hid import Family, Tokenizer, Vocabulary
 from meloformer.hid.controls import CONDITIONS
 from meloformer.midi import DRUMS, read_score, write_midi
@@ -139,7 +141,7 @@ def check_task(task: Task, sample: Sample, path: Path) -> None:
     counts = task.write(sample, path)
     new = task.new_notes(sample)
     back = read_score(path)
-    gone = Counter(map(tuple, prompt.notes_in(task.replaced)[NOTE].tolist()))
+    gone = Counter(map(tuple, prompt.notes_in(task.removed(sample))[NOTE].tolist()))
     kept = Counter(map(tuple, old.notes[NOTE].tolist())) - gone
     require(not kept - Counter(map(tuple, back.notes[NOTE].tolist())), "a kept note changed")
     expected = kept.total() + len(new) - counts["held_dropped"] - counts["duplicate_dropped"]
@@ -148,7 +150,7 @@ def check_task(task: Task, sample: Sample, path: Path) -> None:
     if task.instruments:
         require(set(instruments.tolist()) == set(task.instruments), "other instruments")
     else:
-        require(task.cells == int((sample.tokens == prompt.vocabulary.FILL).sum()), "another number of cells")
+        require(len(task.masked) == int((sample.tokens == prompt.vocabulary.FILL).sum()), "another number of cells")
     check_opens(path)
 
 

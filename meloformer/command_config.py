@@ -28,7 +28,7 @@ class GenerateConfig(Settings):
     output: str = option(help="folder for the MIDI files")
     num_samples: int = option(4, "pieces to write, for each prompt if there are any")
     prompt: str | None = option(None, "MIDI file to go on from; say how with one of the next four tasks")
-    prompts_file: str | None = option(None, "text file of such MIDI files, one path a line")
+    prompts_file: str | None = option(None, "text file of such MIDI files, one path a line; # begins a comment")
     continue_bars: int | None = option(None, "write so many bars more of every track of the prompt")
     rewrite: list[str] | None = option(
         None,
@@ -40,12 +40,19 @@ class GenerateConfig(Settings):
         False,
         "write a new piece on the prompt's bars, meters, tempos and instruments (--bars: its first), without its notes",
     )
+    add_bars: str | None = option(
+        None, "with add_instruments, the bars in which they play, such as 9-16, counted from 1", shown="all"
+    )
     prompt_bars: int | None = option(
         None,
-        "with continue_bars read only the last so many bars; with add_instruments these alone get the new parts",
+        "with continue_bars, read only the last so many bars; with add_instruments, they play in those",
         shown="as many as fit; with add_instruments all",
     )
-    only_new: bool = option(False, "write the new notes alone, not the prompt's")
+    only_new: bool = option(
+        False,
+        "write the new notes alone, not the prompt's; they keep their place in its bars, so the file may begin with "
+        "silence, and lies right beside the prompt from bar 1",
+    )
     bars: int | None = option(None, "bars in each piece", shown=BY_MODEL)
     tempo: int | None = option(None, "quarter notes a minute, 20 to 320", shown=BY_MODEL)
     time_signature: str | None = option(None, "such as 4/4 or 6/8", shown=BY_MODEL)
@@ -125,7 +132,7 @@ class GenerateConfig(Settings):
                 f"{prompts[0]} needs one of --continue_bars, --rewrite, --add_instruments and --anew, received "
                 f"{' and '.join(tasks) or 'none'}; the output of one may be the prompt of the next"
             )
-        for flag in [] if prompts else [*tasks, *given("prompt_bars", "only_new")]:
+        for flag in [] if prompts else [*tasks, *given("prompt_bars", "add_bars", "only_new")]:
             raise UserError(f"{flag} needs a MIDI file to go on from; give --prompt")
         own = given("tempo", "time_signature", "instruments") + ([] if self.anew else given("bars"))
         for flag in own if prompts else []:
@@ -134,6 +141,10 @@ class GenerateConfig(Settings):
             raise UserError(
                 "--prompt_bars goes with --continue_bars or --add_instruments; --rewrite names its bars, and --anew "
                 "writes the first --bars"
+            )
+        if self.add_bars is not None and (self.add_instruments is None or self.prompt_bars is not None):
+            raise UserError(
+                "--add_bars says where --add_instruments play; give those too, and not --prompt_bars as well"
             )
         if self.anew and self.only_new:
             raise UserError("--only_new leaves the prompt's notes out, and --anew does not keep them; leave it out")

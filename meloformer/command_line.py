@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import re
 import sys
 import types
@@ -34,13 +35,14 @@ def load(cls: type[S], argv: Sequence[str] | None = None, description: str | Non
     words = _spell_flags(cls, list(sys.argv[1:] if argv is None else argv))
     flags, rest = _parser(cls, description).parse_known_args(words)
     given: dict[str, Any] = {}
+    flags.config = flags.config and expand_home(flags.config)
     for key in cls.options():
         word = getattr(flags, key.dotted)
         if isinstance(word, list):
             rest += [part for part in word if key.spaced and "=" in part]
             word = ",".join(part for part in word if not (key.spaced and "=" in part))
         if word is not None:
-            given[key.dotted] = word if isinstance(word, bool) else read_word(key, word, f"--{key.flag}")
+            given[key.dotted] = word if isinstance(word, bool) else read_word(key, expand_home(word), f"--{key.flag}")
     for word in rest:
         spelled, equals, text = word.partition("=")
         if not equals:
@@ -48,9 +50,15 @@ def load(cls: type[S], argv: Sequence[str] | None = None, description: str | Non
         key = find_key(cls, spelled, word)
         if key.dotted in given:
             raise UserError(f"{word}: {key.dotted} is given twice; keep one of them")
-        given[key.dotted] = read_word(key, text, word)
+        given[key.dotted] = read_word(key, expand_home(text), word)
     values = read_values(cls, read_yaml(flags.config), flags.config) if flags.config else {}
     return cls.from_values({**values, **given}, "command line")
+
+
+def expand_home(word: str) -> str:
+    """A path that begins with ~/ as a shell would have it, which does so only where the ~ begins a word: not in
+    `--output=~/out`, and not in a file. Nothing else that a flag takes begins so."""
+    return os.path.expanduser(word) if word == "~" or word.startswith("~/") else word
 
 
 class Parser(argparse.ArgumentParser):

@@ -23,6 +23,22 @@ def make_folder(path: str | Path) -> None:
         raise UserError(f"{path}: no folder can be made there ({error.strerror}); give another --output") from None
 
 
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[None]:
+    """`make_folder`; where the block fails or is interrupted, folders that were made for it and are empty go again."""
+    made = [folder for folder in (Path(path), *Path(path).parents) if not folder.exists()]
+    make_folder(path)
+    try:
+        yield
+    except BaseException:
+        for folder in made:
+            try:
+                folder.rmdir()
+            except OSError:  # something has been written there
+                break
+        raise
+
+
 def require_file(path: str | Path) -> None:
     """UserError where no file can be written at `path`; asked before hours of work, not after."""
     path = Path(path)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from meloformer.command_config import GenerateConfig
 from meloformer.command_line import load
 from meloformer.config import Config, PreprocessConfig
 from meloformer.demo import summary
@@ -143,3 +144,11 @@ def test_the_demo_page_says_what_is_missing(tmp_path):
     (tmp_path / "evaluation.json").write_text('{"nats_per_note": 3.5}')
     with pytest.raises(UserError, match=r"no .mid file"):
         summary(tmp_path, tmp_path)
+
+
+def test_a_home_is_found_behind_an_equals_sign(monkeypatch):
+    """A shell leaves the ~ of --output=~/out as it is, and a folder of that name was made."""
+    monkeypatch.setenv("HOME", "/home/ada")
+    config = load(GenerateConfig, ["--checkpoint", "~/run", "--output=~/out", "prompt=~/a.mid", "--anew", "--tag=~x"])
+    assert (config.checkpoint, config.output, config.prompt) == ("/home/ada/run", "/home/ada/out", "/home/ada/a.mid")
+    assert config.tag == "~x"

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from meloformer.device import choose_device
 from meloformer.errors import UserError
-from meloformer.files import make_folder
+from meloformer.files import new_folder
 from meloformer.fractal.model import FractalMIDI
 from meloformer.fractal.pictures import can_draw, require_pictures, write_gif, write_png
 from meloformer.fractal.request import FractalGenerateConfig
@@ -86,12 +86,12 @@ def run(config: FractalGenerateConfig) -> None:
         print(task.note)
     if not can_draw():
         print("no pictures: they need matplotlib and Pillow (pip install matplotlib pillow)")
-    make_folder(output)
     record = {"settings": config.to_dict(), "prompt": config.prompt, "note": task.note, "samples": []}
     seconds = 0.0
     rounds = rounds_of(model, config, len(task.keep))
     total = rounds * -(-len(names) // config.batch_size)
-    with tqdm(total=total, unit="round", desc="generating", disable=not sys.stderr.isatty(), leave=False) as bar:
+    bar = tqdm(total=total, unit="round", desc="generating", disable=not sys.stderr.isatty(), leave=False)
+    with new_folder(output), bar:
         for first in range(0, len(names), config.batch_size):
             here = names[first : first + config.batch_size]
             started = time.perf_counter()

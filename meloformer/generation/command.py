@@ -7,7 +7,8 @@ files, tokens, seconds. It is written when a prompt is done.
 >>> run(GenerateConfig(checkpoint="runs/base", output="out", prompt="song.mid", continue_bars=16))   # doctest: +SKIP
 
 What surprises: every prompt is read, and its task planned, before the first note is written, so a bad one in a long
-list costs nothing.
+list costs nothing. And a bar that max_length left without its end is no error: it is named on stderr and in
+generation.json, it keeps its old notes if it has any, and the exit status is 0.
 """
 
 from __future__ import annotations
@@ -16,40 +17,39 @@ import os
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import chain, count
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from meloformer.command_config import GenerateConfig
+from meloformer.command_line import expand_home
 from meloformer.device import choose_device
 from meloformer.errors import UserError
 from meloformer.evaluation.plots import piano_roll, require_matplotlib
-from meloformer.files import make_folder
+from meloformer.files import new_folder
+from meloformer.generation.cells import find_bars, find_cells, in_words, parse_bars, parse_rewrite
 from meloformer.generation.chosen import chosen_words
 from meloformer.generation.engine import Sample, begin, generate
-from meloformer.generation.prompt import (
-    Prompt,
-    Task,
-    accompaniment,
-    anew,
-    continuation,
-    find_cells,
-    parse_rewrite,
-    rewriting,
-)
+from meloformer.generation.guidance import has_conditions
+from meloformer.generation.parts import accompaniment, go_on
+from meloformer.generation.prompt import Prompt
 from meloformer.generation.request import Request
 from meloformer.generation.sampling import Sampling
 from meloformer.generation.sound import Synthesizer
 from meloformer.generation.steering import Steering, parse_parts
+from meloformer.generation.tasks import Task, anew, continuation, named, rewriting
 from meloformer.hid import Family
 from meloformer.midi import write_midi
 from meloformer.midi.general_midi import instrument_name, parse_instrument
 from meloformer.midi.merge import MidiSource
 from meloformer.model import MeloFormer
 from meloformer.report import earlier_runs, refuse_taken, write_report
+from meloformer.wording import counted
 
 WORDS_A_LINE = 8  # of the chords that a model chose; generation.json has all of them
 
@@ -71,6 +71,19 @@ class Job:
         return None if bars is None or instruments is None else bars * len(instruments)
 
 
+@dataclass
+class Piece:
+    """One sample, all windows of it: how many tokens and notes are new, and which (track, bar) of `task.to_write` are
+    unfinished. After a prompt also the notes, as `Task.new_notes` has them, and the cells whose old ones go."""
+
+    sample: Sample
+    tokens: int
+    num_notes: int
+    unfinished: list[tuple[int, int]]
+    notes: np.ndarray | None = None
+    gone: frozenset[tuple[int, int]] = frozenset()
+
+
 def run(config: GenerateConfig) -> None:
     """Generate and write; UserError before anything is written where something is wrong."""
     config.validate()
@@ -78,7 +91,7 @@ def run(config: GenerateConfig) -> None:
     steering = request.steering
     output = Path(config.output)
     runs = earlier_runs(output)
-    names = _names(config, paths)
+    names = _names(config, [given.path for given in paths])
     refuse_taken(output, runs, (name for group in names for name in group))
     if config.plot:
         require_matplotlib()
@@ -92,9 +105,14 @@ def run(config: GenerateConfig) -> None:
             "--prompt, or leave it out"
         )
     derived = model.conditions if config.derive else []
-    prompts = (Prompt(path, model.vocabulary, derived, model.tags) for path in paths)
-    tasks = [plan(config, prompt, steering, max_length) for prompt in prompts]
-    tasks = [replace(task, request=replace(task.request, chooses=config.derive)) for task in tasks]
+    tasks = []
+    for given in paths:
+        try:
+            prompt = Prompt(given.path, model.vocabulary, derived, model.tags, model.predicted)
+            task = plan(config, prompt, steering, max_length)
+        except UserError as error:
+            raise UserError(f"{given.where}{error}") from None
+        tasks.append(replace(task, request=replace(task.request, chooses=config.derive)))
     jobs = [Job(task.request, group, task) for task, group in zip(tasks, names)] or [Job(request, names[0])]
     for job in jobs:
         begin(model, job.request, max_length, config.guidance)
@@ -105,16 +123,16 @@ def run(config: GenerateConfig) -> None:
             print(f"{task.prompt.path}: {task.prompt.source.loss}")
         if task.told:
             print(f"{task.prompt.path}: the model is told {task.told}")
-    make_folder(output)
-    for job in jobs:
-        samples, seconds = _generate(model, job, config, max_length)
-        changes = [_write(job, name, sample, config, synthesizer, model) for name, sample in zip(job.names, samples)]
-        runs.append(_record(job, samples, changes, seconds, config, model))
-        write_report(output, runs)
+    with new_folder(output):
+        for job in jobs:
+            pieces, seconds = _generate(model, job, config, max_length)
+            changes = [_write(job, name, piece, config, synthesizer, model) for name, piece in zip(job.names, pieces)]
+            runs.append(_record(job, pieces, changes, seconds, config, model))
+            write_report(output, runs)
 
 
-def _generate(model: MeloFormer, job: Job, config: GenerateConfig, max_length: int) -> tuple[list[Sample], float]:
-    """The samples of a job and how many seconds they took, under a progress bar in bars of parts."""
+def _generate(model: MeloFormer, job: Job, config: GenerateConfig, max_length: int) -> tuple[list[Piece], float]:
+    """The pieces of a job and how many seconds they took, under a progress bar in bars of parts."""
     started = time.perf_counter()
     total = None if job.cells is None else config.num_samples * job.cells
     written = 0
@@ -126,65 +144,93 @@ def _generate(model: MeloFormer, job: Job, config: GenerateConfig, max_length: i
             bar.set_postfix_str(f"{written / (time.perf_counter() - started):.0f} tokens/s", refresh=False)
             bar.update(bars)
 
-        samples = generate(
-            model,
-            job.request,
-            config.num_samples,
-            read_sampling(config),
-            config.seed,
-            config.batch_size,
-            max_length,
-            progress,
-            config.guidance,
-        )
-    return samples, time.perf_counter() - started
+        def draw(request: Request, number: int, seed: int, guidance: float) -> list[Sample]:
+            sampling, size = read_sampling(config), config.batch_size
+            return generate(model, request, number, sampling, seed, size, max_length, progress, guidance)
+
+        def later(task: Task, index: int, window: int) -> Sample:
+            """The sample of a later window of piece `index`: its random stream is its own."""
+            seed = int(np.random.SeedSequence([config.seed, index, window]).generate_state(1, np.uint64)[0])
+            weighs = has_conditions(task.request, model.vocabulary)
+            return draw(task.request, 1, seed, config.guidance if weighs else 1.0)[0]
+
+        samples = draw(job.request, config.num_samples, config.seed, config.guidance)
+        pieces = [_finish(job, sample, later) for sample in samples]
+    return pieces, time.perf_counter() - started
+
+
+def _finish(job: Job, sample: Sample, later: Callable[[Task, int, int], Sample]) -> Piece:
+    """The piece of a sample; `later` writes its windows behind the first."""
+    task = job.task
+    if task is None:
+        return Piece(sample, len(sample.tokens), sample.score.num_notes, [])
+    if task.anew:
+        tokens = len(sample.tokens) - len(task.request.given)
+        return Piece(sample, tokens, sample.score.num_notes, task.unfinished(sample))
+    added = go_on(task, sample, lambda step, window: later(step, sample.index, window))
+    return Piece(sample, added.tokens, len(added.notes), added.unfinished, added.notes, added.gone)
 
 
 def _write(
-    job: Job, name: str, sample: Sample, config: GenerateConfig, synthesizer: Synthesizer | None, model: MeloFormer
+    job: Job, name: str, piece: Piece, config: GenerateConfig, synthesizer: Synthesizer | None, model: MeloFormer
 ) -> Counter:
-    """The files of a sample; counts of what writing the MIDI file changed."""
-    path = Path(config.output) / f"{name}.mid"
-    counts = write_midi(sample.score, path) if job.task is None else job.task.write(sample, path, config.only_new)
+    """The files of a piece; counts of what writing the MIDI file changed."""
+    path, task, score, new = Path(config.output) / f"{name}.mid", job.task, named(piece.sample.score), None
+    if task is None or task.anew:
+        counts = write_midi(score, path)
+    else:
+        counts = task.merge(piece.notes, piece.gone, path, config.only_new)
     if config.plot:
-        score, new = sample.score, None
-        if job.task is not None and not job.task.anew:
+        if task is not None and not task.anew:
             written = MidiSource(path)
-            score, new = written.score, _is_new(written, job.task, config.only_new)
+            score, new = written.score, _is_new(written, task, piece.gone, config.only_new)
         piano_roll(score, path.with_suffix(".png"), name, new)
     if synthesizer is not None:
         synthesizer.render(path, path.with_suffix(".wav"))
-    words = chosen_words(sample.chosen, model.vocabulary, model.tags, most=WORDS_A_LINE)
-    print(f"{path}: {describe(job, sample, counts)}" + (f"; the model chose {words}" if words else ""))
+    words = chosen_words(piece.sample.chosen, model.vocabulary, model.tags, most=WORDS_A_LINE)
+    print(f"{path}: {describe(job, piece, counts)}" + (f"; the model chose {words}" if words else ""))
+    if piece.unfinished:
+        print(f"{path}: {_left(task, piece)}", file=sys.stderr)
     return counts
 
 
-def _is_new(written: MidiSource, task: Task, only_new: bool) -> np.ndarray:
-    """(notes,) bool: which notes of the written file are not the prompt's. By their places in the file: a new part that
-    shares a channel has the instrument of its host there."""
+def _left(task: Task, piece: Piece) -> str:
+    """What a piece lacks, for people."""
+    prompt = task.prompt
+    names = [instrument_name(instrument) for instrument in [*prompt.score.instruments.tolist(), *task.instruments]]
+    for track, number in enumerate(prompt.track_of):
+        names[track] = f"track {number + 1} ({names[track]})"
+    kept = "keep their old notes" if task.replaced else "are empty or half written"
+    return f"{task.max_length} tokens were too few: {in_words(piece.unfinished, names)} {kept}"
+
+
+def _is_new(written: MidiSource, task: Task, gone: frozenset[tuple[int, int]], only_new: bool) -> np.ndarray:
+    """(notes,) bool: which notes of the written file are not the prompt's, less the cells that are gone. By their
+    places in the file: a new part that shares a channel has the instrument of its host there."""
     source = task.prompt.source
     kept = set() if only_new else {*source.places(source.score.notes)}
-    kept -= {*source.places(task.prompt.notes_in(task.replaced))}
+    kept -= {*source.places(task.prompt.notes_in(gone))}
     return np.array([place not in kept for place in written.places(written.score.notes)], dtype=bool)
 
 
 def _record(
     job: Job,
-    samples: list[Sample],
+    pieces: list[Piece],
     changes: list[Counter],
     seconds: float,
     config: GenerateConfig,
     model: MeloFormer,
 ) -> dict:
     """The run's entry in generation.json; prints its last line."""
-    tokens = sum(len(sample.tokens) - _given(job) for sample in samples)
-    num_notes = [_num_notes(job, sample, counts) for sample, counts in zip(samples, changes)]
+    tokens = sum(piece.tokens for piece in pieces)
+    num_notes = [_in_file(piece, counts) for piece, counts in zip(pieces, changes)]
     notes = sum(num_notes)
-    cut = sum(sample.hit_limit for sample in samples)
-    if cut:
-        fewer = "--bars or --instruments" if job.task is None else "bars"
-        print(f"{cut} of {len(samples)} were closed at max_length: ask for fewer {fewer}")
-    print(f"{len(samples)} pieces, {notes} notes in {seconds:.1f} s ({tokens / seconds:.0f} tokens/s): {config.output}")
+    cut = sum(piece.sample.hit_limit for piece in pieces)
+    if cut and job.task is None:
+        what = f"{cut} of {counted(len(pieces), 'piece')} {'was' if cut == 1 else 'were'} closed at max_length"
+        print(f"{what}: ask for fewer --bars or --instruments", file=sys.stderr)
+    said = f"{counted(len(pieces), 'piece')}, {counted(notes, 'note')} in {seconds:.1f} s"
+    print(f"{said} ({tokens / seconds:.0f} tokens/s): {config.output}")
     return {
         "settings": config.to_dict(),
         "prompt": None if job.task is None else str(job.task.prompt.path),
@@ -196,37 +242,38 @@ def _record(
         "samples": [
             {
                 "file": f"{name}.mid",
-                "index": sample.index,
-                "tokens": len(sample.tokens) - _given(job),
+                "index": piece.sample.index,
+                "tokens": piece.tokens,
                 "notes": written,
-                "bars": sample.score.num_bars,
-                "instruments": [instrument_name(i) for i in sample.score.instruments.tolist()],
-                "chosen": chosen_words(sample.chosen, model.vocabulary, model.tags),
-                "hit_max_length": sample.hit_limit,
+                "bars": piece.sample.score.num_bars,
+                "instruments": [instrument_name(i) for i in piece.sample.score.instruments.tolist()],
+                "chosen": chosen_words(piece.sample.chosen, model.vocabulary, model.tags),
+                "hit_max_length": piece.sample.hit_limit,
+                "unfinished": "" if not piece.unfinished else _left(job.task, piece),
                 "changes": dict(counts),
             }
-            for name, sample, written, counts in zip(job.names, samples, num_notes, changes)
+            for name, piece, written, counts in zip(job.names, pieces, num_notes, changes)
         ],
     }
 
 
-def _given(job: Job) -> int:
-    return 0 if job.request.given is None else len(job.request.given)
+def _in_file(piece: Piece, counts: Counter) -> int:
+    """New notes that are in the piece's file, by what writing it counted."""
+    return piece.num_notes - counts["held_dropped"] - counts["duplicate_dropped"]
 
 
-def _num_notes(job: Job, sample: Sample, counts: Counter) -> int:
-    """New notes that are in the sample's file, by what writing it counted."""
-    asked = sample.score.num_notes if job.task is None else len(job.task.new_notes(sample))
-    return asked - counts["held_dropped"] - counts["duplicate_dropped"]
-
-
-def describe(job: Job, sample: Sample, counts: Counter) -> str:
+def describe(job: Job, piece: Piece, counts: Counter) -> str:
     """One line about a piece for people; counts: what writing it changed."""
-    notes = _num_notes(job, sample, counts)
+    notes = _in_file(piece, counts)
     if job.task is not None:
-        return f"{notes} new notes in {job.task.cells} bars of parts"
-    names = ", ".join(instrument_name(i) for i in sample.score.instruments.tolist())
-    return f"{sample.score.num_bars} bars, {notes} notes: {names}"
+        tracks, bars = (len(set(numbers)) for numbers in zip(*job.task.to_write))
+        where = f"{counted(bars, 'bar')} of {counted(tracks, 'track')}"
+        if tracks * bars != job.task.cells:
+            where = f"{counted(job.task.cells, 'bar')}, those of {tracks} tracks together"
+        return f"{counted(notes, 'new note')} in {where}"
+    score = piece.sample.score
+    names = ", ".join(instrument_name(i) for i in score.instruments.tolist())
+    return f"{counted(score.num_bars, 'bar')}, {counted(notes, 'note')}: {names}"
 
 
 # --- what the flags say -------------------------------------------------------------------------------------------
@@ -272,14 +319,23 @@ def read_sampling(config: GenerateConfig) -> Sampling:
     return Sampling(config.temperature, config.top_k, config.top_p, config.min_p, by_family)
 
 
-def read_prompts(config: GenerateConfig) -> list[str]:
-    """Paths of the prompts, none for pieces from nothing; checks what can be checked without reading them."""
+class PromptFile(NamedTuple):
+    """A prompt's path; `where` it was named begins an error about it: a list and its line, or nothing."""
+
+    path: str
+    where: str = ""
+
+
+def read_prompts(config: GenerateConfig) -> list[PromptFile]:
+    """The prompts, none for pieces from nothing; checks what can be checked without reading them."""
     if config.rewrite is not None:
         parse_rewrite(config.rewrite)
+    if config.add_bars is not None:
+        parse_bars(config.add_bars)
     for word in config.add_instruments or []:
         parse_instrument(word)
     if config.prompt is not None:
-        return [config.prompt]
+        return [PromptFile(config.prompt)]
     if config.prompts_file is None:
         return []
     given = f"--prompts_file {config.prompts_file}"
@@ -289,10 +345,15 @@ def read_prompts(config: GenerateConfig) -> list[str]:
         raise UserError(f"{given}: {error.strerror}; give a text file, one path a line") from None
     if b"\0" in text:
         raise UserError(f"{given}: is no text file; give one with a path a line, or one MIDI file as --prompt")
-    lines = [os.fsdecode(line.strip()) for line in text.splitlines() if line.strip()]
-    if not lines:
-        raise UserError(f"{given}: is empty; write the path of a MIDI file on each line")
-    return lines
+    lines = [os.fsdecode(line.strip()) for line in text.splitlines()]
+    prompts = [
+        PromptFile(expand_home(line), f"{config.prompts_file}, line {number}: ")
+        for number, line in enumerate(lines, 1)
+        if line and not line.startswith("#")
+    ]
+    if not prompts:
+        raise UserError(f"{given}: names no file; write the path of a MIDI file on each line")
+    return prompts
 
 
 def plan(config: GenerateConfig, prompt: Prompt, steering: Steering, max_length: int) -> Task:
@@ -304,7 +365,8 @@ def plan(config: GenerateConfig, prompt: Prompt, steering: Steering, max_length:
     if config.anew:
         return anew(prompt, max_length, config.bars, steering)
     instruments = [parse_instrument(word) for word in config.add_instruments or []]
-    return accompaniment(prompt, instruments, max_length, config.prompt_bars, steering)
+    bars = None if config.add_bars is None else find_bars(prompt, *parse_bars(config.add_bars), "--add_bars ")
+    return accompaniment(prompt, instruments, max_length, config.prompt_bars, steering, bars)
 
 
 def _names(config: GenerateConfig, paths: list[str]) -> list[list[str]]:

@@ -122,7 +122,7 @@ def _what_it_is(data: bytes) -> str:
     at = data.find(b"MThd")
     if at >= 0:
         return f"no MIDI at its start, but MThd stands at byte {at}; remove what precedes it"
-    return "not a MIDI file (no MThd at its start); remove it from the folder"
+    return "not a MIDI file (no MThd at its start); leave it out, or export it as MIDI"
 
 
 def shared_programs(tracks: list[bytes]) -> dict[int, int]:

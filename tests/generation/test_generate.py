@@ -23,7 +23,7 @@ from meloformer.generation.sound import Synthesizer
 from meloformer.hid import Tokenizer
 from meloformer.midi import Score, Track, note_table, read_score, write_midi
 from meloformer.midi.chunks import split
-from meloformer.report import earlier_runs
+from meloformer.report import counted, earlier_runs
 from tests.generation.likeliest import decided, likeliest
 from tests.hid.streams import VOCABULARY
 from tests.model.music import tiny_model
@@ -201,6 +201,7 @@ def test_the_command_writes_midi_pictures_and_a_report(checkpoint, tmp_path, cap
         "seed0_001.png",
     ]
     report = json.loads((out / "generation.json").read_text())["runs"][0]
+    assert [track.name for track in read_score(out / "seed0_000.mid").tracks] == ["Drums", "Acoustic Bass"]
     for sample in report["samples"]:
         notes = sum(len(track.notes) for track in symusic.Score(out / sample["file"]).tracks)
         again = sum(len(track.notes) for track in MidiFile(str(out / sample["file"])).instruments)
@@ -319,7 +320,8 @@ def test_many_prompts_each_with_its_record(checkpoint, tmp_path, song, capsys):
         for sample in record["samples"]:
             written = read_score(out / sample["file"]).num_notes
             assert written == source.num_notes + sample["notes"]
-    assert "new notes in" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"in 1 bar of {len(small_score(1).tracks)} tracks" in said and "2 pieces, " in said
 
 
 def test_the_record_counts_the_notes_that_a_reader_finds(checkpoint, tmp_path, song, capsys):
@@ -338,22 +340,50 @@ def test_the_record_counts_the_notes_that_a_reader_finds(checkpoint, tmp_path, s
     for sample in record["samples"]:
         assert sample["changes"]["leftover_tracks"] == 1
         assert sample["notes"] == read_score(tmp_path / "out" / sample["file"]).num_notes - len(held)
-        assert f"{sample['file']}: {sample['notes']} new notes in 1 bars" in said
+        assert f"{sample['file']}: {counted(sample['notes'], 'new note')} in 1 bar of 1 track" in said
     assert any("held_dropped" in s["changes"] for s in record["samples"]) and any(s["notes"] for s in record["samples"])
     assert "song.mid: not copied are tracks beyond the stated number: 1" in said
 
 
 def test_a_bad_prompt_in_the_list_stops_the_run_before_it_begins(checkpoint, tmp_path, song):
     (tmp_path / "letter.mid").write_text("Dear Sir or Madam")
-    (tmp_path / "list.txt").write_text(f"{song}\n{tmp_path / 'letter.mid'}\n")
+    (tmp_path / "list.txt").write_text(f"# the songs\n{song}\n{tmp_path / 'letter.mid'}\n")
     settings = {"bars": None, "continue_bars": 1, "max_length": 700}
-    with pytest.raises(UserError, match=r"letter.mid"):
+    with pytest.raises(UserError, match=r"list.txt, line 3: .*letter.mid: not a MIDI file .* or export it as MIDI"):
         run(config(checkpoint, tmp_path, **settings, prompts_file=str(tmp_path / "list.txt")))
     with pytest.raises(UserError, match=r"song.mid: is no text file"):
         run(config(checkpoint, tmp_path, **settings, prompts_file=str(song)))
     with pytest.raises(UserError, match=r"nowhere: No such file"):
         run(config(checkpoint, tmp_path, **settings, prompts_file="nowhere"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_part_in_chosen_bars_by_the_command(checkpoint, tmp_path, song, capsys):
+    settings = {"bars": None, "prompt": str(song), "num_samples": 1, "max_length": 700}
+    run(config(checkpoint, tmp_path, **settings, add_instruments=["73"], add_bars="2", only_new=True))
+    assert "in 1 bar of 1 track" in capsys.readouterr().out
+    (written,) = (tmp_path / "out").glob("*.mid")
+    score = read_score(written)
+    lines = TOKENIZER.quantize(small_score(1)).bar_lines() / VOCABULARY.resolution * score.ticks_per_quarter
+    assert score.num_notes and lines[1] <= score.notes["onset"].min() and score.notes["onset"].max() < lines[2]
+    for wrong in ({"add_bars": "2"}, {"add_instruments": ["73"], "add_bars": "2", "prompt_bars": 1}):
+        asked = {"continue_bars": 1} if "add_instruments" not in wrong else {}
+        with pytest.raises(UserError, match="--add_bars says where --add_instruments play"):
+            config(checkpoint, tmp_path, **settings, **asked, **wrong).validate()
+
+
+def test_an_interrupted_command_leaves_no_empty_folder(checkpoint, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("meloformer.generation.command.generate", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(config(checkpoint, tmp_path))
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        run(config(checkpoint, tmp_path))
+    assert (tmp_path / "out").is_dir()  # it was there before
 
 
 # --- sound --------------------------------------------------------------------------------------------------------

@@ -12,8 +12,10 @@ from meloformer.errors import UserError
 from meloformer.generation import Part, Steering, generate
 from meloformer.generation.command import read_request, run
 from meloformer.generation.guidance import without_conditions
-from meloformer.generation.prompt import Prompt, accompaniment, continuation, rewriting
+from meloformer.generation.parts import accompaniment
+from meloformer.generation.prompt import Prompt
 from meloformer.generation.request import ConstrainedState
+from meloformer.generation.tasks import continuation, rewriting
 from meloformer.hid.controls import CONDITIONS
 from meloformer.midi import DRUMS, Score, Track, note_table, write_midi
 from tests.generation.steered import TAGS, TOKENIZER, steerable

@@ -88,6 +88,10 @@ def test_other_spellings():
     [
         (parse_key, "H minor", "key 'H minor': a pitch with"),
         (parse_key, "A lydian", "the nearest is A"),
+        (parse_key, "H minor", "H is called B here, so B minor"),  # it was G minor
+        (parse_key, "h moll", "H is called B here, so B minor"),
+        (parse_chord, "H7", "H is called B here, so B7"),
+        (parse_chord, "Hm", "H is called B here, so Bm"),
         (parse_key, "", "key ''"),
         (parse_chord, "Xm7", "chord 'Xm7'"),
         (parse_chord, "Am9", "the nearest is Am"),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Callable
 
 from meloformer.errors import UserError
 from meloformer.hid.vocabulary import CHORD_QUALITIES, PITCH_NAMES, ROLES
@@ -55,7 +56,8 @@ def parse_key(text: str) -> int:
     mode = _MODES.get(word, _MODES.get(word.lower()))
     if root is None or mode is None:
         names = [key_name(key) for key in range(NUM_KEYS)]
-        raise UserError(f'key {text!r}: a pitch with "major" or "minor" is accepted{_nearest(text, names)}')
+        hint = _german(text, parse_key, key_name) or _nearest(text, names)
+        raise UserError(f'key {text!r}: a pitch with "major" or "minor" is accepted{hint}')
     return mode * NUM_PITCHES + root
 
 
@@ -80,9 +82,8 @@ def parse_chord(text: str) -> int:
     if root is None or quality is None:
         names = [chord_name(chord) for chord in range(NUM_CHORDS)]
         accepted = ", ".join(_SPELLINGS[quality][0] or "nothing" for quality in CHORD_QUALITIES)
-        raise UserError(
-            f"chord {text!r}: a pitch with one of {accepted} behind it is accepted, or none{_nearest(text, names)}"
-        )
+        hint = _german(text, parse_chord, chord_name) or _nearest(text, names)
+        raise UserError(f"chord {text!r}: a pitch with one of {accepted} behind it is accepted, or none{hint}")
     return root * NUM_QUALITIES + quality
 
 
@@ -99,6 +100,16 @@ def _root(text: str) -> tuple[int | None, str]:
     if match is None:
         return None, text
     return (_LETTERS[match[1]] + _ACCIDENTALS[match[2]]) % NUM_PITCHES, text[match.end() :]
+
+
+def _german(text: str, parse: Callable[[str], int], name: Callable[[int], str]) -> str:
+    """What a German H stands for, where the rest is understood."""
+    if text.strip()[:1] not in ("H", "h"):
+        return ""
+    try:
+        return f"; H is called B here, so {name(parse('B' + text.strip()[1:]))}"
+    except UserError:
+        return ""
 
 
 def _nearest(text: str, names: list[str]) -> str:
