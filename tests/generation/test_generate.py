@@ -23,7 +23,8 @@ from meloformer.generation.sound import Synthesizer
 from meloformer.hid import Tokenizer
 from meloformer.midi import Score, Track, note_table, read_score, write_midi
 from meloformer.midi.chunks import split
-from meloformer.report import counted, earlier_runs
+from meloformer.report import earlier_runs
+from meloformer.wording import counted
 from tests.generation.likeliest import decided, likeliest
 from tests.hid.streams import VOCABULARY
 from tests.model.music import tiny_model
