@@ -85,7 +85,9 @@ def test_killed_ten_times_at_random_moments(midi, whole, tmp_path):
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="processes are looked for in /proc")
 def test_an_interruption_is_one_word(midi, tmp_path):
     """Ctrl-C goes to all processes: the one that imports modules for the others said so in thirteen lines."""
-    flags = ["--input", str(midi), "--output", str(tmp_path / "out"), "--workers", "2"]
+    files = [str(path) for path in midi.glob("*.mid")] * 200  # work for longer than it takes to look
+    (tmp_path / "list.txt").write_text("\n".join(files))
+    flags = ["--input", str(tmp_path / "list.txt"), "--output", str(tmp_path / "out"), "--workers", "2"]
     command = [sys.executable, str(ROOT / "preprocess_data.py"), *flags]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, start_new_session=True, **pipes) as process:

@@ -15,6 +15,7 @@ from meloformer.command_line import load
 from meloformer.errors import UserError
 from meloformer.fractal import pictures
 from meloformer.fractal.command import plan, run
+from meloformer.fractal.pictures import BOTTOM, LEFT, RIGHT, TOP
 from meloformer.fractal.request import FractalGenerateConfig
 from meloformer.fractal.roll import read_roll, write_roll
 from meloformer.midi import Score, Track, note_table, read_score, write_midi
@@ -176,7 +177,8 @@ def test_the_square_picture(config):
 
     run(replace(config, num_samples=1, stacked=True))
     with Image.open(Path(config.output) / "unconditional_seed0_000.png") as image:
-        assert image.size == (32 * 3, 256 * 3)
+        around = (LEFT + RIGHT, 2 * (TOP + BOTTOM))
+        assert image.size == (32 * 3 + around[0], 256 * 3 + around[1])
 
 
 def test_what_an_earlier_run_wrote_is_not_written_over(config):

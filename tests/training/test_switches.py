@@ -184,7 +184,7 @@ def test_the_pretrained_model_says_what_it_was_trained_on():
     config = load(Config, ["--data_dir", "x", "--init_from", str(PRETRAINED)])
     family = streams.Streams(config)
     family.adopt_data(run.saved_config(str(PRETRAINED))["data"], "pretrained")
-    assert (config.data.max_seq_len, config.data.max_segments) == (2048, 256)
+    assert (config.data.max_seq_len, config.data.max_segments) == (8192, 768)
     told = load(Config, ["--data_dir", "x", "--init_from", str(PRETRAINED), "--max_seq_len", "24576"])
     streams.Streams(told).adopt_data(run.saved_config(str(PRETRAINED))["data"], "pretrained")
     assert told.data.max_seq_len == 24576
