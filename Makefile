@@ -41,7 +41,7 @@ SURER := --temperature 0.95 --sparsity_bias -0.2
 help:
 	@echo "make demo          environment, demo music, a small model trained on it, new .mid and .png files"
 	@echo "make demo-fractal  the same with piano rolls: new .mid, .png and .gif files"
-	@echo "make pretrained    the model in pretrained/ again, as runs/pretrained; two hours and a quarter of a core"
+	@echo "make pretrained    the model in pretrained/ again, as runs/pretrained; under four hours of a core"
 	@echo "make test          ruff and the whole test suite"
 	@echo "make venv          only the environment, in $(VENV)"
 	@echo "make clean-demo    forget the demo's music, model and pieces"
