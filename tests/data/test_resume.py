@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -90,7 +91,9 @@ def test_an_interruption_is_one_word(midi, tmp_path):
     flags = ["--input", str(tmp_path / "list.txt"), "--output", str(tmp_path / "out"), "--workers", "2"]
     command = [sys.executable, str(ROOT / "preprocess_data.py"), *flags]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, start_new_session=True, **pipes) as process:
+    # What a shell starts in its background is deaf to Ctrl-C, and so are these tests and their children there.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, start_new_session=True, preexec_fn=heed, **pipes) as process:
 
         def importing() -> bool:
             for path in Path("/proc").glob("[0-9]*"):
