@@ -34,14 +34,13 @@ from meloformer.evaluation import conditions, obedience
 from meloformer.evaluation.baselines import evaluate_baselines
 from meloformer.evaluation.by_piece import evaluate_pieces
 from meloformer.evaluation.compare import compare
-from meloformer.evaluation.likelihood import TYPE_WORDS
 from meloformer.evaluation.predicted import Predicted
 from meloformer.files import require_file, write_atomic
 from meloformer.hid.controls import CONDITIONS
 from meloformer.model import MeloFormer
 from meloformer.pretrained import find_pretrained
 from meloformer.training.checkpoint import read_state
-from meloformer.wording import counted
+from meloformer.wording import counted, type_word
 
 EVALUATION = "evaluation.json"
 
@@ -139,7 +138,7 @@ def report(evaluation: dict) -> str:
     lines += ["", f"{'by type':14}{'tokens':>12}{'share':>10}{'a token':>10}"]
     for name, entry in evaluation["by_type"].items():
         share = entry["nats"] / evaluation["nats"] if evaluation["nats"] else 0.0
-        shown, word = "apart" if name in CONDITIONS else f"{share:.1%}", TYPE_WORDS.get(name, name)
+        shown, word = "apart" if name in CONDITIONS else f"{share:.1%}", type_word(name)
         lines.append(f"{word:14}{entry['tokens']:12,}{shown:>10}{entry['nats_per_token']:10.3f}")
     lines += ["", f"{'bars':14}{'notes':>12}{'nats a note':>14}"]
     for entry in evaluation["by_bar"]:

@@ -40,9 +40,6 @@ TYPES = {
 }
 
 
-TYPE_WORDS = {"T": "onset", "P": "pitch", "L": "duration", "V": "velocity"}
-
-
 class Likelihood:
     """Running sums over batches: `nats` and `count` by Family of the target, in float64, and bars of music."""
 

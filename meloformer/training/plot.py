@@ -20,10 +20,10 @@ import numpy as np
 
 from meloformer.command_line import Parser
 from meloformer.errors import UserError, exit_cleanly
-from meloformer.evaluation.likelihood import TYPE_WORDS
 from meloformer.evaluation.plots import COLOURS, INK, RULE, require_matplotlib
 from meloformer.files import require_file, write_atomic
 from meloformer.training.logging import METRICS
+from meloformer.wording import type_word
 
 SMOOTHING = 0.03  # of a curve's length: the width of its moving average
 FEW = 30  # points that are also drawn as points, for one alone makes no line
@@ -148,7 +148,7 @@ def _draw_types(ax, runs: list[Path], metrics: list[dict[str, list[dict]]]) -> N
     if len(runs) == 1:
         for name, colour in zip(names, COLOURS * (1 + len(names) // len(COLOURS))):
             shown = [{"step": r["step"], **r.get("by_type", {}).get(name, {})} for r in validations[0]]
-            ax.plot(*column(shown, "nats_per_token"), color=colour, marker=".", label=TYPE_WORDS.get(name, name))
+            ax.plot(*column(shown, "nats_per_token"), color=colour, marker=".", label=type_word(name))
         if names:
             _legend(ax, ncols=2)
         return
@@ -157,7 +157,7 @@ def _draw_types(ax, runs: list[Path], metrics: list[dict[str, list[dict]]]) -> N
         last = records[-1].get("by_type", {}) if records else {}
         heights = [last.get(name, {}).get("nats_per_token", 0.0) for name in names]
         ax.bar(np.arange(len(names)) + i * width, heights, width, color=colour)
-    ax.set_xticks(np.arange(len(names)) + 0.4 - width / 2, [TYPE_WORDS.get(name, name) for name in names])
+    ax.set_xticks(np.arange(len(names)) + 0.4 - width / 2, [type_word(name) for name in names])
 
 
 def main() -> None:

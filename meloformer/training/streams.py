@@ -18,14 +18,14 @@ from meloformer.config import DataConfig, ModelConfig
 from meloformer.data import Corpus, RowPlan, Step
 from meloformer.data.packing import SKIP_REASONS
 from meloformer.errors import UserError
-from meloformer.evaluation.likelihood import TYPE_WORDS, evaluate_likelihood, split_batches
+from meloformer.evaluation.likelihood import evaluate_likelihood, split_batches
 from meloformer.evaluation.predicted import Predicted
 from meloformer.evaluation.tasks import Tasks
 from meloformer.model import MeloFormer
 from meloformer.training.distributed import Ranks
 from meloformer.training.family import Family, Preview, adopt_settings
 from meloformer.training.preview import write_preview
-from meloformer.wording import counted
+from meloformer.wording import counted, type_word
 
 
 class Streams(Family):
@@ -127,7 +127,7 @@ class Streams(Family):
 
     def validation_line(self, result: dict[str, Any]) -> str:
         types = result["by_type"].items()
-        by_type = "  ".join(f"{TYPE_WORDS.get(name, name)} {entry['nats_per_token']:.2f}" for name, entry in types)
+        by_type = "  ".join(f"{type_word(name)} {entry['nats_per_token']:.2f}" for name, entry in types)
         by_task = "  ".join(f"{name} {nats:.2f}" for name, nats in result["by_task"].items())
         return (
             f"{self.score_words(result['nats_per_note'])}, {result['nats_per_bar']:.1f} a bar;  a token: {by_type}"
