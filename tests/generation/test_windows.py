@@ -12,7 +12,7 @@ from meloformer.generation.cells import find_bars, parse_bars
 from meloformer.generation.parts import accompaniment, go_on
 from meloformer.generation.prompt import Prompt
 from meloformer.generation.steering import Part, Steering
-from meloformer.generation.tasks import Window, as_task, rewriting
+from meloformer.generation.tasks import Window, as_task, continuation, rewriting
 from meloformer.hid.controls import CONDITIONS
 from meloformer.midi import Score, Track, note_table, read_score, write_midi
 from meloformer.midi.merge import MidiSource
@@ -147,3 +147,53 @@ def test_new_parts_in_chosen_bars_only(prompt):
             parse_bars(word)
     with pytest.raises(UserError, match=r"--add_bars 3-7, it has bars 1-6"):
         find_bars(prompt, 3, 7, "--add_bars ")
+
+
+@pytest.mark.parametrize("prompt_bars", [None, 2])
+def test_a_continuation_goes_on_as_long_as_is_asked(prompt, tmp_path, prompt_bars):
+    """More bars than the context holds were refused; just so many were written with a single bar in view."""
+    limit, steps, number = 420, [], prompt.score.num_bars
+    task = continuation(prompt, 40, limit, prompt_bars)
+    assert task.cells == 160 and task.end_bar == 46 and not task.replaced
+    assert f"reads bars {task.first_bar + 1}-6, writes 7-{task.last_bar} and goes on from there" in task.note
+
+    def write(step, window):
+        steps.append(step)
+        return terse(step, window)
+
+    added = go_on(task, terse(task), write)
+    assert not added.unfinished and not added.gone and len(steps) > 3
+    lines = added.notes["onset"].min(), prompt.file_ticks(prompt.score.bar_lines()[-1:])[0]
+    assert lines[0] >= lines[1]
+    for step in [task, *steps]:
+        text, first_new = TOKENIZER.text(step.request.given), min(bar for _, bar in step.masked)
+        assert len(step.request.given) < limit and "PIECE_END" not in text and "METER_4/4" in text
+        assert first_new - step.first_bar >= min(step.last_bar - first_new, first_new - step.prompt.first_read)
+        assert step.first_bar >= number - (prompt_bars or number) and step.prompt.first_read in (0, 4)
+    assert steps[-1].last_bar == 46 and steps[0].first_bar > task.first_bar
+    task.merge(added.notes, added.gone, tmp_path / "out.mid")
+    lost, new = kept_and_new(prompt, task, tmp_path / "out.mid")
+    assert not lost and new and Prompt(tmp_path / "out.mid", VOCABULARY).num_bars == 46
+    heard = {cell for cell in steps[-1].prompt.cells_of(steps[-1].prompt.score.notes) if cell[1] >= 6}
+    assert {track for track, _ in heard} == {0, 1, 2, 3} and max(bar for _, bar in heard) >= steps[-2].last_bar - 2
+
+
+def test_the_end_and_the_chords_of_a_long_continuation(song):
+    """Chords stand where they would in one window, and the piece ends in the last one."""
+    prompt, steps = Prompt(song, VOCABULARY, CONDITIONS), []
+    task = continuation(prompt, 16, 430, steering=Steering(chords="Am F C G", key="A minor", end=True))
+
+    def write(step, window):
+        steps.append(step)
+        return terse(step, window)
+
+    assert task.last_bar < 22 and not go_on(task, terse(task), write).unfinished
+    for step in [task, *steps]:
+        words = TOKENIZER.text(step.request.given).split()
+        assert ("PIECE_END" in words) == (step.last_bar == 22) and "KEY_A_minor" in words
+        bars = " ".join(words[words.index("CONDUCTOR") + 1 : words.index("INSTRUMENT_DRUMS")]).split("BAR")[1:]
+        for number, bar in enumerate(bars, step.first_bar - 6):
+            if number >= 0:
+                assert f"CHORD_{'AFCG'[number % 4]}_m" in bar
+    with pytest.raises(UserError, match="a bar of it and 40 new ones of 4 tracks need about"):
+        continuation(prompt, 40, 430, steering=Steering(bar_density=[3]))
