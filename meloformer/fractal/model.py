@@ -4,7 +4,7 @@
     training_loss(batch)  -> (sum of nats, number of cells, {"nats": .., "count": .., "masked": .., "patches": ..})
 
 >>> model = FractalMIDI.from_pretrained("runs/fractal")   # doctest: +SKIP
->>> sample(model, known, keep)                            # doctest: +SKIP  (meloformer.fractal.sampling)
+>>> sample(model, known, keep)                            # of meloformer.fractal.sampling   # doctest: +SKIP
 
 The state that a generator computes for a patch, and those of its four neighbours, condition the next level's generator
 for that patch; the last level's states condition the velocity head. All problems of a level are one batch.

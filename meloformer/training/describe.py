@@ -1,6 +1,6 @@
 """What a run says of itself: the table before the first step, and the last line.
 
->>> print(describe(config, family, plan, model, fixed, ranks))    # doctest: +SKIP
+>>> print(describe(config.training, family, plan, model, fixed, ranks))    # doctest: +SKIP
   model       small: 6 layers, d_model 256, 4 heads, d_ff 1792
   parameters  17,123,840
   ...
