@@ -114,6 +114,10 @@ class ModelConfig(Settings):
             "all or a list with 0 in it",
             "without 0 a token does not see its own bar",
         )
+        for name in ("same_bar_offsets", "cross_bar_offsets"):
+            given = getattr(self, name)
+            good = given == "all" or all(abs(offset) <= MOST_BARS for offset in given)
+            require(good, f"model.{name}", given, f"distances of -{MOST_BARS} to {MOST_BARS}", "no piece has more bars")
         for query, keys in (self.visible or {}).items():
             good = query in VISIBLE and all(key in VISIBLE for key in keys)
             require(good, f"model.visible.{query}", keys, "letters of T, P, L, V", "such as T: [T, P]")

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from meloformer.errors import UserError
 from meloformer.pretrained import family_of
-from meloformer.settings import Settings, read_yaml
+from meloformer.settings import Settings, expand_home, read_yaml
 
 if TYPE_CHECKING:
     from meloformer.training.family import Family
@@ -65,7 +65,7 @@ def _value(words: list[str], flag: str) -> str | None:
             found = value
         elif word == f"--{flag}" and following is not None:
             found = following
-    return found
+    return None if found is None else expand_home(found)
 
 
 def config_class(name: str) -> type[Settings]:
