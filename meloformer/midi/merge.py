@@ -314,7 +314,7 @@ def _note_events(channel: int, row: Sequence[int]) -> list[tuple[int, int, bytes
 
 
 def _name_event(name: str) -> bytes:
-    text = name.encode("utf-8")[:127]
+    text = name.encode("utf-8")[:127].decode("utf-8", "ignore").encode("utf-8")  # no character is cut in two
     return bytes((0xFF, 0x03, len(text))) + text
 
 
