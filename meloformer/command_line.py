@@ -54,7 +54,19 @@ def load(cls: type[S], argv: Sequence[str] | None = None, description: str | Non
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors are a UserError of one line."""
+    """Errors are a UserError of one line, and in a flag hyphens and underscores are the same."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args([self._spelled(word) for word in words], namespace)
+
+    def _spelled(self, word: str) -> str:
+        """A flag as it was added."""
+        flag, equals, value = word.partition("=")
+        for name in (flag, "--" + flag[2:].replace("-", "_"), "--" + flag[2:].replace("_", "-")):
+            if flag.startswith("--") and name in self._option_string_actions:
+                return f"{name}{equals}{value}"
+        return word
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; --help lists every flag")
