@@ -20,7 +20,7 @@ from torch import nn
 from meloformer.data import steps_in
 from meloformer.loop_config import LoopConfig
 from meloformer.training.distributed import Ranks
-from meloformer.training.family import Family
+from meloformer.training.family import ModelFamily
 from meloformer.training.logging import table
 from meloformer.training.run import Fixed, Progress
 from meloformer.training.signals import name_of
@@ -29,7 +29,7 @@ from meloformer.wording import counted
 FEW = 5  # held-out pieces: with fewer, one piece's luck is the whole validation
 
 
-def describe(t: LoopConfig, family: Family, plan: Any, model: nn.Module, fixed: Fixed, ranks: Ranks) -> str:
+def describe(t: LoopConfig, family: ModelFamily, plan: Any, model: nn.Module, fixed: Fixed, ranks: Ranks) -> str:
     """The table before the first step."""
     per_epoch = steps_in(plan, fixed.rows_per_step)
     device = ranks.device
@@ -57,7 +57,7 @@ def describe(t: LoopConfig, family: Family, plan: Any, model: nn.Module, fixed: 
     )
 
 
-def last_words(folder: Path, family: Family, fixed: Fixed, progress: Progress, signal_number: int) -> str:
+def last_words(folder: Path, family: ModelFamily, fixed: Fixed, progress: Progress, signal_number: int) -> str:
     dry_run = family.settings.fast_dev_run  # its folder is gone when this is read
     if signal_number and not progress.is_finished(fixed):
         where = f"at step {progress.step} of {fixed.max_steps}"

@@ -23,12 +23,12 @@ from meloformer.evaluation.predicted import Predicted
 from meloformer.evaluation.tasks import Tasks
 from meloformer.model import MeloFormer
 from meloformer.training.distributed import Ranks
-from meloformer.training.family import Family, Preview, adopt_settings
+from meloformer.training.family import ModelFamily, Preview, adopt_settings
 from meloformer.training.preview import write_preview
 from meloformer.wording import counted, type_word
 
 
-class Streams(Family):
+class Streams(ModelFamily):
     """A run of MeloFormer; `config` is a meloformer.config.Config."""
 
     unit = "tokens"
