@@ -6,8 +6,10 @@ for matrices alone: embeddings, norms and learned vectors go without.
 >>> optimizers = build_optimizers(model, "adamw", 3e-4, 0.1, (0.9, 0.95))        # doctest: +SKIP
 >>> save_file(optimizer_tensors(model, optimizers), "optimizer.safetensors")             # doctest: +SKIP
 
+AdamW: Loshchilov and Hutter 2019, arXiv 1711.05101. Muon: Jordan et al. 2024, kellerjordan.github.io/posts/muon.
+
 What surprises: Muon takes the same learning rate as AdamW. Its update is scaled to the root mean square that AdamW's
-usually has ("match_rms_adamw"), so one schedule serves both.
+usually has ("match_rms_adamw", Liu et al. 2025, arXiv 2502.16982), so one schedule serves both.
 """
 
 from __future__ import annotations
