@@ -22,6 +22,7 @@ from meloformer.loop_config import LoopConfig
 from meloformer.training.distributed import Ranks
 from meloformer.training.family import ModelFamily
 from meloformer.training.logging import table
+from meloformer.training.optimizer import split_parameters
 from meloformer.training.run import Fixed, Progress
 from meloformer.training.signals import name_of
 from meloformer.wording import counted
@@ -35,9 +36,7 @@ def describe(t: LoopConfig, family: ModelFamily, plan: Any, model: nn.Module, fi
     device = ranks.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     processes = f"{ranks.world_size} x " if ranks.world_size > 1 else ""
-    # float32 weights, gradients and moments: two of AdamW, or Muon's one for the matrices
-    moments = sum(p.numel() * (1 if t.optimizer == "muon" and p.ndim == 2 else 2) for p in model.parameters())
-    memory = 4 * (2 * model.num_parameters() + moments) / 2**20
+    memory = 4 * (2 * model.num_parameters() + num_moments(model, t.optimizer)) / 2**20
     used = family.about_step(plan, fixed.rows_per_step)
     few, held_out = t.patience and family.num_held_out < FEW, counted(family.num_held_out, "held-out piece")
     warning = f"{held_out} to decide when patience ends the run, which is chance; {family.hold_out_more}"
@@ -55,6 +54,12 @@ def describe(t: LoopConfig, family: ModelFamily, plan: Any, model: nn.Module, fi
             ("run", str(t.output_dir)),
         ]
     )
+
+
+def num_moments(model: nn.Module, optimizer: str) -> int:
+    """Numbers that the optimizer remembers, in float32: two a parameter, of Muon's matrices one."""
+    matrices, rest = (sum(p.numel() for p in parameters) for parameters in split_parameters(model))
+    return (1 if optimizer == "muon" else 2) * matrices + 2 * rest
 
 
 def last_words(folder: Path, family: ModelFamily, fixed: Fixed, progress: Progress, signal_number: int) -> str:

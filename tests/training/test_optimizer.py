@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from meloformer.errors import UserError
+from meloformer.training.describe import num_moments
 from meloformer.training.optimizer import (
     build_optimizers,
     load_optimizer_tensors,
@@ -52,6 +53,16 @@ def test_only_hidden_matrices_decay():
     muon, adamw = build("muon", model)
     assert muon.param_groups[0]["params"] == matrices
     assert {id(p) for p in adamw.param_groups[0]["params"]} == {id(p) for p in rest}
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_memory_that_is_announced_is_that_of_the_moments(name):
+    """Embeddings are two-dimensional too, and AdamW's: they were counted as Muon's."""
+    model = Tiny()
+    optimizers = build(name, model)
+    update(model, optimizers)
+    moments = sum(t.numel() for key, t in optimizer_tensors(model, optimizers).items() if not key.endswith("/step"))
+    assert num_moments(model, name) == moments
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
