@@ -24,10 +24,11 @@ MUON_MOMENTUM = 0.95
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(hidden matrices, all the rest) of the trainable parameters; a tied embedding counts as an embedding."""
-    embeddings = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    """(hidden matrices, all the rest) of the trainable parameters. A matrix is a weight of a linear map: an embedding,
+    tied or not, and a table of learned positions are rows that are looked up."""
+    linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     trainable = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in trainable if p.ndim == 2 and id(p) not in embeddings]
+    matrices = [p for p in trainable if id(p) in linear]
     chosen = {id(p) for p in matrices}
     return matrices, [p for p in trainable if id(p) not in chosen]
 
