@@ -30,7 +30,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections import Counter, defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -197,19 +197,7 @@ def merge_midi(
                 counts["unpaired_avoided"] += 1
         lists.append(stays)
 
-    channels = _Channels(tracks, counts)
-    for number, rows in sorted(homeless.items()):
-        if number < len(source.parts):
-            part = source.score.tracks[number]
-            instrument, name = part.instrument, part.name or instrument_name(part.instrument)
-            counts["own_channel"] += instrument != DRUMS
-        else:
-            instrument = int(instruments[number - len(source.parts)])
-            name = instrument_name(instrument)
-        channel, setup = channels.choose(instrument)
-        head = [(0, _FILE, event) for event in (_name_event(name), *setup)]
-        lists.append(head + [event for row in rows for event in _note_events(channel, row)])
-
+    lists += _new_tracks(source, homeless, instruments, counts)
     ends = [track.events[-1][0] if track.events else 0 for track in tracks] + [0] * (len(lists) - len(tracks))
     ends[0] = max(ends[0], end_tick)
     try:
@@ -222,6 +210,26 @@ def merge_midi(
     except OSError as error:
         raise MidiError(f"{path}: cannot be written ({error.strerror}); check the folder") from None
     return +counts
+
+
+def _new_tracks(
+    source: MidiSource, homeless: Mapping[int, list], instruments: Sequence[int], counts: Counter
+) -> list[list[tuple[int, int, bytes]]]:
+    """The events of a track for each number in `homeless`, a track of the score or a new instrument: its name, its
+    channel's program where the channel is new, its notes."""
+    lists, channels = [], _Channels(source.tracks, counts)
+    for number, rows in sorted(homeless.items()):
+        if number < len(source.parts):
+            part = source.score.tracks[number]
+            instrument, name = part.instrument, part.name or instrument_name(part.instrument)
+            counts["own_channel"] += instrument != DRUMS
+        else:
+            instrument = int(instruments[number - len(source.parts)])
+            name = instrument_name(instrument)
+        channel, setup = channels.choose(instrument)
+        head = [(0, _FILE, event) for event in (_name_event(name), *setup)]
+        lists.append(head + [event for row in rows for event in _note_events(channel, row)])
+    return lists
 
 
 # --- the file's own tracks ----------------------------------------------------------------------------------------
