@@ -114,14 +114,15 @@ class MidiSource:
             for channel, program in sorted({(note.channel, note.program) for note in track.notes})
         ]
         self.number = {part: i for i, part in enumerate(self.parts)}
-        rows = [
-            (self.number[Part(i, n.channel, n.program)], n.onset, max(n.end - n.onset, 1), n.pitch, n.velocity)
-            for i, track in enumerate(self.tracks)
-            for n in track.notes
-        ]
+        rows = [self.row(i, note) for i, track in enumerate(self.tracks) for note in track.notes]
         fields = list(self.score.notes.dtype.names)
         if not np.array_equal(np.sort(note_table(rows), order=fields), np.sort(self.score.notes, order=fields)):
             raise MidiError(f"{path}: damaged MIDI (its notes read differently twice); {RESAVE}")
+
+    def row(self, file_track: int, note: Note) -> tuple[int, int, int, int, int]:
+        """A note of a track of the file as `score.notes` has it: track, onset, duration, pitch, velocity."""
+        track = self.number[Part(file_track, note.channel, note.program)]
+        return track, note.onset, max(note.end - note.onset, 1), note.pitch, note.velocity
 
     @property
     def loss(self) -> str:
@@ -173,12 +174,12 @@ def merge_midi(
         else:
             homeless[row[0]].append(row)
 
-    gone = set() if removed is None else set(zip(removed["track"].tolist(), removed["onset"].tolist()))
+    gone = set() if removed is None else set(removed.tolist())
     lists = []
     for i, track in enumerate(tracks):
         kept, dropped = [], set()
         for note in [] if only_new else track.notes:
-            if (source.number[Part(i, note.channel, note.program)], note.onset) in gone:
+            if source.row(i, note) in gone:
                 dropped |= {note.on_at, note.off_at}
             else:
                 kept.append(note)
