@@ -73,6 +73,8 @@ class Request:
             )
         if self.tempo is not None and not MIN_BPM <= self.tempo <= MAX_BPM:
             raise UserError(f"tempo is {self.tempo}, must be from {MIN_BPM} to {MAX_BPM}")
+        if self.tempo is not None and self.tempo != int(self.tempo):
+            raise UserError(f"tempo is {self.tempo}, must be a whole number of quarter notes a minute")
         for instrument in self.instruments or []:
             if not 0 <= instrument <= DRUMS:
                 raise UserError(f"instrument {instrument} does not exist: 0..127 are programs, {DRUMS} is drums")
