@@ -228,7 +228,7 @@ def _record(
     cut = sum(piece.sample.hit_limit for piece in pieces)
     if cut and job.task is None:
         what = f"{cut} of {counted(len(pieces), 'piece')} {'was' if cut == 1 else 'were'} closed at max_length"
-        print(f"{what}: ask for fewer --bars or --instruments", file=sys.stderr)
+        print(f"{what}: ask for fewer --bars or --instruments; --continue_bars makes a piece longer", file=sys.stderr)
     said = f"{counted(len(pieces), 'piece')}, {counted(notes, 'note')} in {seconds:.1f} s"
     print(f"{said} ({tokens / seconds:.0f} tokens/s): {config.output}")
     return {

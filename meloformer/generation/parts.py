@@ -88,7 +88,7 @@ class Added:
 
 def go_on(task: Task, sample: Sample, write: Callable[[Task, int], Sample]) -> Added:
     """All that a task is to write: the sample of its first window, and what `write` makes of the task of each later
-    one; it is given the window's number, from 1. A continuation has one window."""
+    one; it is given the window's number, from 1."""
     prompt, windows = task.prompt, 0
     notes, missing = task.grid_notes(sample), _to_do(task, task.unfinished(sample))
     tokens = len(sample.tokens) - len(task.request.given)
@@ -106,9 +106,9 @@ def go_on(task: Task, sample: Sample, write: Callable[[Task, int], Sample]) -> A
         notes = np.concatenate([notes, step.grid_notes(sample)])
         left = _to_do(task, [*sorted({*missing}.difference(step.to_write)), *step.unfinished(sample)])
         can_go_on, missing = len(left) < len(missing), left
-    half = task.replaced.union(task.later).intersection(missing)
+    half = task.replaced.intersection(missing)
     notes = notes[[cell not in half for cell in prompt.cells_of(notes)]] if half else notes
-    gone = task.replaced.union(task.later).difference(missing)
+    gone = task.replaced.difference(missing)
     return Added(prompt.file_notes(notes), gone, tokens, missing)
 
 
@@ -132,7 +132,7 @@ def _next_cells(task: Task, notes: np.ndarray, missing: list[tuple[int, int]]) -
     """The task of the next window of cells, and the notes that stay: those of cells that are written."""
     prompt = task.prompt
     notes = notes[[cell not in missing for cell in prompt.cells_of(notes)]]
-    heard = prompt.with_music(prompt.derived, notes, gone=task.replaced.union(task.later).difference(missing))
+    heard = prompt.with_music(prompt.derived, notes, gone=task.replaced.difference(missing))
     return rewriting(heard, frozenset(missing), task.max_length, marks(task.steering)), notes
 
 

@@ -40,7 +40,9 @@ class Prompt:
     that are derived from it for the model; tags: names of the model's tags; predicted: what it chooses.
 
     `source`: the file; `score`: its quantized music, tracks in the encoder's order; `track_of[i]`: which track of
-    `source.score`, so of the file, track i of `score` is.
+    `source.score`, so of the file, track i of `score` is; `given_bars`: those of the file, of which the model reads the
+    ones from `first_read` on; `score` may have more that are still to be written (`extended`), and its end is the
+    piece's where `is_whole`.
     """
 
     def __init__(
@@ -62,6 +64,14 @@ class Prompt:
         self.track_of = [number[id(score.tracks[i])] for i in order]
         self.score = reorder_tracks(score, order)
         self.derived = derive(self.score).rows(vocabulary, conditions)
+        self.given_bars, self.first_read, self.is_whole = self.score.num_bars, 0, True
+
+    def extended(self, num_bars: int, derived: np.ndarray, first_read: int, is_whole: bool) -> Prompt:
+        """The same with empty bars behind its end, `num_bars` in all, for which the last meter and tempo hold."""
+        more = copy.copy(self)
+        more.score, more.derived = replace(self.score, num_bars=num_bars), derived
+        more.first_read, more.is_whole = first_read, is_whole
+        return more
 
     def with_music(
         self,
@@ -127,7 +137,8 @@ class Prompt:
         """
         notes = self.score.notes
         onsets = notes[np.unique(notes[["track", "onset"]], return_index=True)[1]]
-        average = (3 * len(notes) + len(onsets)) / (len(np.unique(notes["track"])) * self.num_bars)
+        written = max(self.given_bars, int(self._bars_of(notes).max()) + 1)
+        average = (3 * len(notes) + len(onsets)) / (len(np.unique(notes["track"])) * written)
         chosen = np.zeros((len(self.score.tracks), self.num_bars), dtype=bool)
         for track, bar in cells:
             if bar < self.num_bars:
@@ -178,7 +189,7 @@ class Prompt:
         over the masked bars (all bars, if none is), and beside it what is derived from the score.
         """
         v, score = self.vocabulary, self.score
-        ends = last == score.num_bars if steering.end is None else steering.end
+        ends = self.is_whole and last == score.num_bars if steering.end is None else steering.end
         marks = [v.PIECE_BEGIN] * (first == 0 and steering.begin is not False) + [v.PIECE_END] * ends
         tokens = self.tokenizer.encode(_window(score, first, last), order="given")
         kind = v.family_of[tokens]

@@ -10,9 +10,10 @@ bar), and their FILLs are generated; `anew` keeps bars, meters, tempos and instr
 `generation.parts`, lets new tracks follow the given ones.
 
 A piece that is longer than the context is read through a window: its last bars, or bars round the chosen cells, or one
-window after the other (`generation.parts`). `Task.note` says so. A window is so large that room stays for what is
-written: `prompt.ROOM` times what the chosen cells hold now, or the piece on average. Where a sample fills it all the
-same, `Task.unfinished` has the cells that it did not end, and the notes that those were to replace stay.
+window after the other (`generation.parts`), so that a continuation is as long as is asked. `Task.note` says so. A
+window is so large that room stays for what is written: `prompt.ROOM` times what the chosen cells hold now, or the piece
+on average. Where a sample fills it all the same, `Task.unfinished` has the cells that it did not end, and the notes
+that those were to replace stay.
 
 The surprise: what is masked is not shown to the model at all, so a rewritten bar owes nothing to the old one but the
 music around it, and to what is derived from the piece where the model was trained with that.
@@ -29,6 +30,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from meloformer.config import MOST_BARS
 from meloformer.errors import UserError
 from meloformer.generation.engine import Sample
 from meloformer.generation.prompt import Prompt
@@ -74,7 +76,7 @@ class Task:
     @property
     def replaced(self) -> frozenset[tuple[int, int]]:
         """(track, bar) of `prompt.score` whose old notes go."""
-        return frozenset(cell for cell in self.masked if cell[1] < self.prompt.num_bars)
+        return frozenset(cell for cell in [*self.masked, *self.later] if cell[1] < self.prompt.given_bars)
 
     @property
     def to_write(self) -> list[tuple[int, int]]:
@@ -188,29 +190,44 @@ class Window(NamedTuple):
 def continuation(
     prompt: Prompt, bars: int, max_length: int, prompt_bars: int | None = None, steering: Steering = FREE
 ) -> Task:
-    """`bars` more bars of every track, behind the last bar; the model reads the last `prompt_bars`, or all that fit."""
-    end, tracks = prompt.num_bars + bars, len(prompt.score.tracks)
+    """`bars` more bars of every track, behind the last bar; the model reads the last `prompt_bars`, or all that fit.
+    Where it could not read as many as it writes, or all, the task's window is the first of several, as in `rewriting`;
+    densities of bars go into one window."""
+    first, tracks = prompt.num_bars, len(prompt.score.tracks)
+    end, wanted = first + bars, min(prompt_bars or first, first)
+    if end > MOST_BARS:  # said before they are listed
+        raise UserError(f"{prompt.path}: it has {first} bars, and {bars} more make over {MOST_BARS}; ask for fewer")
+
+    def window(size: int, last: int = end) -> Window:
+        return Window(first - size, last, frozenset(product(range(tracks), range(first, last))))
+
+    is_one = steering.bar_density is not None
     what, remedy = f"a bar of it and {bars} new ones of {tracks} tracks", "ask for fewer --continue_bars"
-    if bars * tracks > max_length:  # said before they are listed: each costs a token at least
-        raise UserError(f"{prompt.path}: {what} need over {bars * tracks} tokens, max_length is {max_length}; {remedy}")
-    masked = frozenset(product(range(tracks), range(prompt.num_bars, end)))
-    wanted = min(prompt_bars or prompt.num_bars, prompt.num_bars)
-
-    def window(size: int) -> Window:
-        return Window(prompt.num_bars - size, end, masked)
-
-    size = largest(prompt, window, 1, wanted, [], steering, max_length, what, remedy)
-    note = f"reads its last {size} of {prompt.num_bars} bars" if size < wanted else ""
-    return as_task(prompt, window(size), [], steering, note, max_length)
+    if not is_one:
+        what, remedy = f"a bar of it and a new one of {tracks} tracks", "take a prompt with fewer"
+        largest(prompt, lambda _: window(1, first + 1), 0, 0, [], marks(steering), max_length, what, remedy)
+    frame = Frame(0, end, range(first, end), range(tracks))
+    rows = prompt_rows(prompt.derived, prompt.score, frame, steering.controls(prompt.vocabulary, prompt.tags))
+    longer = prompt.extended(end, rows, first - wanted, is_whole=bool(steering.end))
+    least = 1 if is_one else min(bars, wanted)
+    if is_one or length(prompt, window(least), [], steering) <= max_length:
+        size = largest(prompt, window, least, wanted, [], steering, max_length, what, remedy)
+        note = f"reads its last {size} of {first} bars" if size < wanted else ""
+        return replace(as_task(prompt, window(size), [], steering, note, max_length), prompt=longer, steering=steering)
+    task = rewriting(longer, window(0).masked, max_length, marks(steering))
+    note = f"reads bars {task.first_bar + 1}-{first}, writes {first + 1}-{task.last_bar} and goes on from there"
+    return replace(task, steering=steering, note=_note(prompt, note, max_length))
 
 
 def rewriting(prompt: Prompt, cells: frozenset[tuple[int, int]], max_length: int, steering: Steering = FREE) -> Task:
     """The (track, bar) cells of `prompt.score` anew; the model reads as many bars on both sides as fit. Where not even
-    what lies between the cells does, the task's window is the first of several, `later` the cells of the others."""
+    what lies between the cells does, the task's window is the first of several, `later` the cells of the others. So it
+    is where bars behind the given ones fit, and as many before them do not."""
     bars = sorted({bar for _, bar in cells})
     low, high = bars[0], bars[-1] + 1
     laid = laid_over(prompt, bars, steering, adds_parts=False)
-    if length(prompt, Window(low, high, cells), [], steering) > max_length:
+    before = min(high - low, low - prompt.first_read) if low >= prompt.given_bars and len(bars) > 1 else 0
+    if length(prompt, Window(low - before, high, cells), [], steering) > max_length:
         first = _first_cells(laid, bars, cells, steering, max_length)
         task = rewriting(laid, first, max_length, marks(steering))
         note = f"rewrites bars {low + 1}-{max(bar for _, bar in first) + 1}, then goes on from there"
@@ -218,9 +235,10 @@ def rewriting(prompt: Prompt, cells: frozenset[tuple[int, int]], max_length: int
         return replace(task, prompt=laid, steering=steering, later=later, note=_note(prompt, note, max_length))
 
     def window(size: int) -> Window:
-        return Window(max(low - size, 0), min(high + size, prompt.num_bars), cells)
+        return Window(max(low - size, prompt.first_read), min(high + size, end), cells)
 
-    wanted = max(low, prompt.num_bars - high)
+    end = max(high, prompt.given_bars)  # nothing stands behind those yet
+    wanted = max(low - prompt.first_read, end - high)
     size = largest(prompt, window, 0, wanted, [], steering, max_length, f"bars {low + 1}-{high} of all its tracks", "")
     first, last, _ = window(size)
     note = f"reads bars {first + 1}-{last} of {prompt.num_bars}" if size < wanted else ""
@@ -237,13 +255,15 @@ def _first_cells(
         return frozenset(cell for cell in cells if cell[1] in some)
 
     for bar in bars:
+        if bar > max(prompt.given_bars, bars[0]):  # what is not written yet needs as much everywhere
+            break
         what, remedy = f"bar {bar + 1} of all its tracks and room to write in", "rewrite fewer tracks at a time"
         alone = Window(bar, bar + 1, of([bar]))
         largest(prompt, lambda _, alone=alone: alone, 0, 0, [], marks(steering), max_length, what, remedy)
 
     def window(size: int) -> Window:
         last = bars[size - 1] + 1 if size else bars[0] + 1
-        return Window(max(2 * bars[0] - last, 0) if size else bars[0], last, of(bars[: max(size, 1)]))
+        return Window(max(2 * bars[0] - last, prompt.first_read) if size else bars[0], last, of(bars[: max(size, 1)]))
 
     return window(largest(prompt, window, 0, len(bars), [], marks(steering), max_length, "", "")).masked
 

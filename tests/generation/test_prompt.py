@@ -13,71 +13,23 @@ from hypothesis import strategies as st
 
 from meloformer.errors import UserError
 from meloformer.generation import Request, Sampling, generate
-from meloformer.generation.cells import find_bars, find_cells, parse_bars, parse_rewrite
+from meloformer.generation.cells import find_cells, parse_rewrite
 from meloformer.generation.command import _is_new
-from meloformer.generation.engine import Sample
-from meloformer.generation.parts import accompaniment, go_on
+from meloformer.generation.parts import accompaniment
 from meloformer.generation.prompt import Prompt
 from meloformer.generation.request import ConstrainedState
 from meloformer.generation.steering import Part, Steering
-from meloformer.generation.tasks import Window, anew, as_task, continuation, named, rewriting
-from meloformer.hid import Family, Tokenizer
+from meloformer.generation.tasks import anew, continuation, named, rewriting
+from meloformer.hid import Family
 from meloformer.hid.controls import CONDITIONS
 from meloformer.midi import DRUMS, MidiError, Score, Track, note_table, read_score, write_midi
 from meloformer.midi.merge import MidiSource
 from tests.generation.likeliest import decided, likeliest
+from tests.generation.prompted import TOKENIZER, kept_and_new, one_sample
 from tests.hid.streams import VOCABULARY
 from tests.midi.real_files import readable_sample
 from tests.midi.test_merge import band, timed_events
 from tests.model.music import tiny_model
-
-TOKENIZER = Tokenizer(VOCABULARY)
-
-
-@pytest.fixture
-def song(tmp_path):
-    """Four bars of 3/4, then two of 4/4: a violin that is silent at the end, a bass, drums, another violin."""
-    rows = []
-    for bar, start in enumerate([0, 288, 576, 864, 1152, 1536]):
-        for beat in range(3):
-            if bar < 3:
-                rows.append((0, start + 96 * beat, 90, 70 + bar, 80))
-            rows.append((1, start + 96 * beat, 48, 40 + beat, 90))
-            rows.append((2, start + 96 * beat, 6, 36, 100))
-        rows.append((3, start, 280, 60, 70))
-    score = Score(
-        96,
-        [Track(40, name="first"), Track(33), Track(0, True), Track(40, name="second")],
-        note_table(rows),
-        [(0, 3, 4), (1152, 4, 4)],
-        [(0, 100.0), (576, 150.0)],
-    )
-    write_midi(score, tmp_path / "song.mid")
-    return tmp_path / "song.mid"
-
-
-@pytest.fixture
-def prompt(song):
-    return Prompt(song, VOCABULARY)
-
-
-def one_sample(task, **settings):
-    torch.manual_seed(0)
-    (sample,) = generate(tiny_model(), task.request, max_length=900, **{"seed": 1, **settings})
-    TOKENIZER.validate(sample.tokens)
-    return sample
-
-
-def kept_and_new(prompt, task, path):
-    """Notes of the source that are not in the written file, and notes of the file that are not in the source."""
-    old, back = prompt.source.score, read_score(path)
-
-    def rows(score):
-        instruments = score.instruments[score.notes["track"]].tolist()
-        return {(i, *note[1:]) for i, note in zip(instruments, score.notes.tolist())}
-
-    return rows(old) - rows(back), rows(back) - rows(old)
-
 
 # --- what the model reads -----------------------------------------------------------------------------------------
 
@@ -126,9 +78,9 @@ def test_a_long_prompt_is_read_through_a_window_and_says_so(prompt):
     assert 0 < cut.first_bar < 5 and len(cut.request.given) < length
     assert f"last {6 - cut.first_bar} of 6 bars" in cut.note and str(length) in cut.note
     assert continuation(prompt, 2, 4000, prompt_bars=3).first_bar == 3
-    with pytest.raises(UserError, match=r"song.mid: a bar of it and 2 new ones of 4 tracks need about"):
+    with pytest.raises(UserError, match=r"song.mid: a bar of it and a new one of 4 tracks need about"):
         continuation(prompt, 2, 100)
-    with pytest.raises(UserError, match="need over 4000000000000000000 tokens, max_length is 100; ask for fewer"):
+    with pytest.raises(UserError, match="it has 6 bars, and 1000000000000000000 more make over 16384; ask for fewer"):
         continuation(prompt, 10**18, 100)  # every cell was listed first, which did not end
 
     cells = find_cells(prompt, [("drums", 4, 4)])
@@ -281,151 +233,7 @@ def test_a_piece_anew_takes_several_chords_and_densities(prompt):
         anew(prompt, 900, bars=3, steering=four)
 
 
-def terse(task, seed=0):
-    """A sample with a note a bar, which an untrained model does not think of: its bars have no end."""
-    state, rng = ConstrainedState(VOCABULARY, task.request, task.max_length), np.random.default_rng(seed)
-    ends = [VOCABULARY.FILL, VOCABULARY.EOS, *range(*VOCABULARY.ids(Family.INSTRUMENT).indices(VOCABULARY.size))]
-    while not state.is_finished:
-        allowed = np.flatnonzero(state.allowed())
-        wanted = [VOCABULARY.BAR] if VOCABULARY.BAR in allowed else np.intersect1d(allowed, ends)
-        if len(wanted) and state.state.family == Family.VELOCITY:
-            allowed = wanted
-        elif len(allowed) > 1:
-            allowed = np.setdiff1d(allowed, [*ends, VOCABULARY.BAR])
-        state.push(int(rng.choice(allowed)))
-    tokens = np.array(state.tokens, dtype=np.uint16)
-    return Sample(0, tokens, TOKENIZER.decode(tokens), state.hit_limit, np.zeros(0, dtype=np.int64))
-
-
-# --- where the context ends -----------------------------------------------------------------------------------------
-
-
-def test_a_window_leaves_room_for_what_the_rewritten_bars_hold(tmp_path):
-    """A bar as full as eight others: room was kept for an average one, and music went when that ran out."""
-    rows = [(0, 96 * bar, 20, 60, 80) for bar in range(9)] + [(0, 384 + 3 * i, 3, 40 + i, 80) for i in range(32)]
-    write_midi(Score(24, [Track(0)], note_table(rows)), tmp_path / "full.mid")
-    prompt = Prompt(tmp_path / "full.mid", VOCABULARY)
-    cells = frozenset({(0, 4)})
-    assert prompt.tokens_for(cells) == 1 + 1.5 * 4 * 32 + 1.5 * 3 + 0.5  # a chord of two notes has one T
-    for limit in (240, 260):
-        task = rewriting(prompt, cells, limit)
-        assert limit - len(task.request.given) > 1.5 * 4 * 32 and task.first_bar <= 4 < task.last_bar
-    assert rewriting(prompt, cells, 260).first_bar < rewriting(prompt, cells, 240).first_bar
-    with pytest.raises(UserError, match="bar 5 of all its tracks and room to write in need about"):
-        rewriting(prompt, cells, 190)
-
-
-def test_what_the_limit_cut_keeps_its_old_notes(prompt, tmp_path):
-    """Bars that were to be rewritten and were not reached lost their music, and the exit status was 0."""
-    cells = frozenset((track, bar) for track in (0, 1, 3) for bar in range(6))
-    window, model, seen = Window(0, 6, cells), tiny_model(), set()
-    given = len(as_task(prompt, window, [], Steering(), "", 4000).request.given)
-    for room in (30, 45, 60):
-        task = as_task(prompt, window, [], Steering(), "", given + room)
-        sample = terse(task)
-        left = task.unfinished(sample)
-        assert sample.hit_limit and left and left == sorted(cells)[-len(left) :]
-        seen.add(len(left))
-        task.write(sample, tmp_path / "out.mid")
-        lost, new = kept_and_new(prompt, task, tmp_path / "out.mid")
-        written = MidiSource(tmp_path / "out.mid")
-        found = Counter(written.places(written.score.notes))
-        lines = prompt.file_ticks(prompt.score.bar_lines())
-        for track, bar in left:
-            old = prompt.source.places(prompt.notes_in(frozenset({(track, bar)})))
-            part = prompt.source.parts[prompt.track_of[track]][:2]
-            here = {place for place in found if place[:2] == part and lines[bar] <= place[2] < lines[bar + 1]}
-            assert here == set(old)
-        assert bool(lost or new) == (len(left) < len(cells))
-    assert len(seen) > 1
-    (whole,) = generate(model, rewriting(prompt, frozenset({(0, 1)}), 4000).request, max_length=4000)
-    assert not whole.hit_limit and rewriting(prompt, frozenset({(0, 1)}), 4000).unfinished(whole) == []
-
-
-def test_new_parts_go_through_the_whole_song_window_by_window(prompt, tmp_path):
-    """Where it did not fit at once, only its last bars could have one; each window reads what the one before wrote."""
-    steps = []
-    task = accompaniment(prompt, [0, 73], 250, steering=Steering(parts=[Part(73, density=4)]))
-    assert task.last_bar < task.until == 6 and task.cells == 12 and "then goes on from there" in task.note
-
-    def write(step, number):
-        steps.append(step)
-        return terse(step, number)
-
-    added = go_on(task, terse(task), write)
-    assert steps and not added.unfinished and set(added.notes["track"].tolist()) == {4, 5}
-    for step in steps:
-        text = TOKENIZER.text(step.request.given)
-        assert "INSTRUMENT_73 DENSITY_4 BAR" in text and "MASK" in text and len(step.request.given) < 250
-        assert {cell[0] for cell in step.masked} == {4, 5}
-        heard = step.prompt.score.notes
-        assert (heard["track"] >= 4).any() and steps[-1].last_bar == 6
-    counts = task.merge(added.notes, frozenset(), tmp_path / "out.mid")
-    lost, new = kept_and_new(prompt, task, tmp_path / "out.mid")
-    assert not lost and {note[0] for note in new} <= {0, 73}
-    assert (
-        read_score(tmp_path / "out.mid").num_notes
-        == prompt.source.score.num_notes + len(added.notes) - counts["duplicate_dropped"]
-    )
-
-
-def test_a_progression_goes_on_in_the_next_window(song):
-    prompt = Prompt(song, VOCABULARY, CONDITIONS)
-    steps = []
-    task = accompaniment(prompt, [0], 260, steering=Steering(chords="Am F C G Dm E", key="A minor"))
-    assert 0 < task.last_bar < 6
-
-    def write(step, number):
-        steps.append(TOKENIZER.text(step.request.given))
-        return terse(step, number)
-
-    assert not go_on(task, terse(task), write).unfinished
-    assert all("KEY_A_minor" in text for text in steps) and "CHORD_E_maj" in steps[-1]
-    with pytest.raises(UserError, match="bar_density needs all new bars in 260 tokens"):
-        accompaniment(prompt, [0], 260, steering=Steering(bar_density=[1, 2]))
-
-
-def test_bars_far_apart_are_rewritten_in_several_windows(prompt, tmp_path):
-    """What lies between them did not fit, so both were refused."""
-    cells, steps = frozenset({(0, 0), (1, 0), (0, 5), (2, 1)}), []
-    whole = rewriting(prompt, cells, 4000)
-    limit = len(whole.request.given) - 100
-    task = rewriting(prompt, cells, limit)
-    assert task.later and set(task.to_write) == cells and task.cells == 4 and "then goes on" in task.note
-
-    def write(step, number):
-        steps.append(step)
-        return terse(step, number)
-
-    added = go_on(task, terse(task), write)
-    assert steps and added.gone == cells and not added.unfinished
-    task.merge(added.notes, added.gone, tmp_path / "out.mid")
-    lost, new = kept_and_new(prompt, task, tmp_path / "out.mid")
-    assert new and lost <= {
-        (*(prompt.source.score.instruments[n[0]],), *n[1:]) for n in prompt.notes_in(cells).tolist()
-    }
-    first = go_on(task, terse(task), lambda step, number: steps.append(step) or terse(step, number))
-    assert first.notes.tolist() == added.notes.tolist()
-    # a window that is cut is gone on from, too
-    cut = Window(0, 6, frozenset((1, bar) for bar in range(6)))
-    long = len(as_task(prompt, cut, [], Steering(), "", 4000).request.given) + 17
-    task = as_task(prompt, cut, [], Steering(), "", long)
-    sample = terse(task)
-    assert sample.hit_limit and 0 < len(task.unfinished(sample)) < 6
-    assert not go_on(task, sample, write).unfinished
-
-
-def test_new_parts_in_chosen_bars_only(prompt):
-    task = accompaniment(prompt, [0], 900, bars=range(1, 3))
-    notes = task.new_notes(one_sample(task))
-    assert len(notes) and notes["onset"].min() >= 288 and notes["onset"].max() < 864
-    assert (task.first_bar, task.last_bar, task.end_bar, task.cells) == (1, 3, 6, 2)
-    assert parse_bars("2-3") == (2, 3) and parse_bars("9") == (9, 9)
-    for word in ("0-3", "3-2", "x", "", "1-"):
-        with pytest.raises(UserError, match=r"--add_bars is .* must be like 9-16"):
-            parse_bars(word)
-    with pytest.raises(UserError, match=r"--add_bars 3-7, it has bars 1-6"):
-        find_bars(prompt, 3, 7, "--add_bars ")
+# --- what holds for any of them --------------------------------------------------------------------------------------
 
 
 @given(st.data())
