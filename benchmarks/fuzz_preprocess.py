@@ -9,7 +9,6 @@ file is unaccounted for or such a reason is there. docs/log.md holds the results
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -22,10 +21,12 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from meloformer.command_line import Parser  # noqa: E402
 from meloformer.config import PreprocessConfig  # noqa: E402
 from meloformer.data import Corpus  # noqa: E402
 from meloformer.data.preprocess import preprocess  # noqa: E402
 from meloformer.data.sources import Input  # noqa: E402
+from meloformer.errors import exit_cleanly  # noqa: E402
 from meloformer.hid import Tokenizer  # noqa: E402
 from tests.data.mutate import mutate  # noqa: E402
 
@@ -33,14 +34,14 @@ BUGS = {"internal_error", "crashed", "timeout", "memory"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     default = os.environ.get("MELOFORMER_MIDI") or str(ROOT.parent / "shared" / "midi")
     parser.add_argument("--midi", default=default, help="a folder of MIDI files")
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--largest", type=int, default=100_000, help="bytes of a file to mutate")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--file-timeout", type=float, default=60.0)
+    parser.add_argument("--file_timeout", type=float, default=60.0)
     given = parser.parse_args()
     rng = np.random.default_rng(given.seed)
     originals = [Path(source.path) for source in Input(given.midi)]
@@ -79,4 +80,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_cleanly(main)

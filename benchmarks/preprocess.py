@@ -16,7 +16,6 @@ time for `workers`, so run that on a quiet machine.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import shutil
@@ -35,10 +34,12 @@ from meloformer.data.pool import limit_blas_threads  # noqa: E402
 
 limit_blas_threads()  # as a worker has it, and before numpy is imported
 
+from meloformer.command_line import Parser  # noqa: E402
 from meloformer.config import PreprocessConfig  # noqa: E402
 from meloformer.data.corpus import read_meta  # noqa: E402
 from meloformer.data.encoder import Encoded, Encoder  # noqa: E402
 from meloformer.data.sources import Input, Source  # noqa: E402
+from meloformer.errors import exit_cleanly  # noqa: E402
 
 GOALS = {
     "notes/s on one core": 2_000_000,
@@ -198,7 +199,7 @@ def _field(status: Path, name: str) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     default = os.environ.get("MELOFORMER_MIDI") or str(ROOT.parent / "shared" / "midi")
     parser.add_argument("--midi", default=default, help="a folder of MIDI files")
     parser.add_argument("--only", default="speed,conditions,workers,memory", help="which of these")
@@ -219,4 +220,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_cleanly(main)

@@ -15,7 +15,6 @@ opened, renamed or removed; so no place is forgotten, and none is named here.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import os
 import re
@@ -29,7 +28,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from meloformer.command_line import Parser
 from meloformer.config import Config
+from meloformer.errors import exit_cleanly
 from meloformer.training import checkpoint, loop
 from tests.training.processes import Run, records
 from tests.training.small import small_config, write_corpus
@@ -153,8 +154,8 @@ def soak(folder: Path, corpus: Path, processes: int, kills: int, seed: int) -> t
     return fallen, differences(straight, killed)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def main() -> None:
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
@@ -168,8 +169,8 @@ def main() -> int:
     how = ", ".join(f"{count} {name}" for name, count in sorted(fallen.items()))
     result = f"DIFFERENT: {', '.join(different)}" if different else "equal"
     print(f"{arguments.processes} processes, {how}, in {seconds:.0f} s: {result}")
-    return 1 if different else 0
+    sys.exit(1 if different else 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_cleanly(main)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import re
 import sys
 import types
@@ -24,7 +23,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from meloformer.errors import UserError
-from meloformer.settings import Key, S, Settings, find_key, read_values, read_word, read_yaml
+from meloformer.settings import Key, S, Settings, expand_home, find_key, read_values, read_word, read_yaml
 
 _NEGATIVE = re.compile(r"-[\d.]")  # how no flag begins
 SECTION_TITLES = {"model": "the model", "data": "the data", "training": "training", "": "settings"}
@@ -35,7 +34,6 @@ def load(cls: type[S], argv: Sequence[str] | None = None, description: str | Non
     words = _spell_flags(cls, list(sys.argv[1:] if argv is None else argv))
     flags, rest = _parser(cls, description).parse_known_args(words)
     given: dict[str, Any] = {}
-    flags.config = flags.config and expand_home(flags.config)
     for key in cls.options():
         word = getattr(flags, key.dotted)
         if isinstance(word, list):
@@ -55,14 +53,20 @@ def load(cls: type[S], argv: Sequence[str] | None = None, description: str | Non
     return cls.from_values({**values, **given}, "command line")
 
 
-def expand_home(word: str) -> str:
-    """A path that begins with ~/ as a shell would have it, which does so only where the ~ begins a word: not in
-    `--output=~/out`, and not in a file. Nothing else that a flag takes begins so."""
-    return os.path.expanduser(word) if word == "~" or word.startswith("~/") else word
-
-
 class Parser(argparse.ArgumentParser):
-    """Errors are a UserError of one line."""
+    """Errors are a UserError of one line, and in a flag hyphens and underscores are the same."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args([self._spelled(word) for word in words], namespace)
+
+    def _spelled(self, word: str) -> str:
+        """A flag as it was added."""
+        flag, equals, value = word.partition("=")
+        for name in (flag, "--" + flag[2:].replace("-", "_"), "--" + flag[2:].replace("_", "-")):
+            if flag.startswith("--") and name in self._option_string_actions:
+                return f"{name}{equals}{value}"
+        return word
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; --help lists every flag")

@@ -63,9 +63,13 @@ class ModelConfig(Settings):
     same_bar_offsets: Literal["all"] | list[int] = option(
         "all", "which earlier bars of its own instrument a token sees: all, or distances such as 0,1,2,4"
     )
-    cross_bar_offsets: list[int] = option([0, 1, 2, 4], "which bars of other instruments it sees, by distance")
+    cross_bar_offsets: list[int] = option(
+        [0, 1, 2, 4], "which bars of other instruments it sees, by distance: 1 is the bar before, -1 the one after"
+    )
     visible: dict[str, list[str]] | None = option(
-        VISIBLE, "which note tokens see which: query letter to key letters of T, P, L, V; none sees all"
+        VISIBLE,
+        "which note tokens see which, the letters of keys by that of the query: T onsets, P pitches, L durations, V "
+        "velocities; a letter without any sees its own onset alone; none: all see all",
     )
     rotary_axes: Literal[1, 2] = option(2, "rotary positions turn with stream order (1), or with musical time too (2)")
     dropout: float = option(0.0, "share of activations dropped in training")
@@ -114,6 +118,10 @@ class ModelConfig(Settings):
             "all or a list with 0 in it",
             "without 0 a token does not see its own bar",
         )
+        for name in ("same_bar_offsets", "cross_bar_offsets"):
+            given = getattr(self, name)
+            good = given == "all" or all(abs(offset) <= MOST_BARS for offset in given)
+            require(good, f"model.{name}", given, f"distances of -{MOST_BARS} to {MOST_BARS}", "no piece has more bars")
         for query, keys in (self.visible or {}).items():
             good = query in VISIBLE and all(key in VISIBLE for key in keys)
             require(good, f"model.visible.{query}", keys, "letters of T, P, L, V", "such as T: [T, P]")
@@ -141,7 +149,9 @@ class DataConfig(Settings):
     drop_track_probability: float = option(0.1, "how often some whole tracks are left out")
     shuffle_tracks_probability: float = option(0.25, "how often the tracks come in a random order")
     defer_rectangle_probability: float = option(
-        0.30, "how often rectangles of tracks and bars are deferred (infilling)"
+        0.30,
+        "how often rectangles of tracks and bars are deferred (moved to the end of the stream, where they are written "
+        "with all the rest known: infilling)",
     )
     defer_continuation_probability: float = option(0.25, "how often all tracks are deferred from a random bar on")
     defer_track_probability: float = option(0.10, "how often whole tracks are deferred")

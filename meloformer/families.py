@@ -1,5 +1,7 @@
 """The two model families by name, and which of them a command line means. No torch here.
 
+A third one is a line in `FAMILIES`; what it consists of is said in meloformer.training.family.
+
     family_of_command_line()                 of this process's own arguments: "meloformer" or "fractal"
     config_class("fractal")                  FractalConfig: what train.py's flags are read into
     open_family(config)                      what the training loop asks (meloformer.training.family); imports torch
@@ -20,10 +22,10 @@ from typing import TYPE_CHECKING
 
 from meloformer.errors import UserError
 from meloformer.pretrained import family_of
-from meloformer.settings import Settings, read_yaml
+from meloformer.settings import Settings, expand_home, read_yaml
 
 if TYPE_CHECKING:
-    from meloformer.training.family import Family
+    from meloformer.training.family import ModelFamily
 
 # name: (module and class of the config, of what the loop asks)
 FAMILIES = {
@@ -65,7 +67,7 @@ def _value(words: list[str], flag: str) -> str | None:
             found = value
         elif word == f"--{flag}" and following is not None:
             found = following
-    return found
+    return None if found is None else expand_home(found)
 
 
 def config_class(name: str) -> type[Settings]:
@@ -73,7 +75,7 @@ def config_class(name: str) -> type[Settings]:
     return getattr(import_module(module), config)
 
 
-def open_family(config: Settings) -> Family:
+def open_family(config: Settings) -> ModelFamily:
     """What the loop asks about a run of this config."""
     *_, module, family = FAMILIES[config.family]
     return getattr(import_module(module), family)(config)

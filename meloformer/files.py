@@ -1,6 +1,8 @@
 """Files that are whole or absent: the one place that writes through a temporary name and a rename.
 
->>> write_atomic("/tmp/example.json", b"{}")   # doctest: +SKIP
+>>> write_atomic("example.json", b"{}")
+>>> checksum("example.json")[:8]
+'44136fa3'
 """
 
 from __future__ import annotations

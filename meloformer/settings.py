@@ -7,7 +7,8 @@ and validated. Every refusal is a UserError that says where, what was received, 
 >>> ModelConfig.from_dict({"size": "small", "dropout": "1e-1"}).dropout
 0.1
 
-The surprise: YAML 1.1 reads `3e-4` as text, so values are cast by the type of the field, not by their own.
+The surprise: numbers are cast by the type of their field and never by yaml, which (version 1.1) reads `3e-4` as text,
+010 as 8 and 4:4 as 244.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import types
 import typing
 from functools import cache
@@ -129,15 +131,30 @@ NOT_YAML = (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, 
 
 
 def read_yaml(path: str | Path) -> Any:
-    """The content of a yaml file; an empty one is an empty mapping."""
+    """The content of a yaml file, numbers as text; an empty one is an empty mapping."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        data = yaml.load(text, Loader=_UniqueKeys)
+        text = Path(expand_home(str(path))).read_text(encoding="utf-8")
+        data = _at_home(yaml.load(text, Loader=_Loader))
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}; configs/ holds examples") from None
     except NOT_YAML as error:
         raise UserError(f"--config {path}: not yaml: {' '.join(str(error).split())}") from None
     return {} if data is None else data
+
+
+def expand_home(word: str) -> str:
+    """A path that begins with ~/ as a shell would have it, which does so only where the ~ begins a word: not in
+    `--output=~/out`, and not in a file. Nothing else that a setting takes begins so."""
+    return os.path.expanduser(word) if word == "~" or word.startswith("~/") else word
+
+
+def _at_home(data: Any) -> Any:
+    """`expand_home` of every text in a yaml file."""
+    if isinstance(data, dict):
+        return {key: _at_home(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [_at_home(item) for item in data]
+    return expand_home(data) if isinstance(data, str) else data
 
 
 def read_values(cls: type[Settings], data: Any, where: str) -> dict[str, Any]:
@@ -203,7 +220,7 @@ def read_word(key: Key, word: str, where: str) -> Any:
     if key.hint is str or str in members or typing.get_origin(key.hint) is typing.Literal:
         return read_value(key, word, where)
     try:
-        return read_value(key, yaml.safe_load(word), where)
+        return read_value(key, yaml.load(word, Loader=_Loader), where)
     except NOT_YAML:
         return read_value(key, word, where)
 
@@ -265,6 +282,11 @@ def _cast(value: Any, hint: Any) -> Any:
         return str(value)
     if isinstance(value, int):
         return hint(value)
+    if hint is int and isinstance(value, str):
+        try:
+            return int(value)  # a float would round what is beyond 2**53
+        except ValueError:
+            pass  # 1e3 is a whole number too
     number = float(value)
     if not math.isfinite(number):
         raise ValueError(value)
@@ -313,8 +335,13 @@ def _options(cls: type[Settings]) -> tuple[Key, ...]:
     return tuple(found)
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys without a word; a config says each thing once."""
+class _Loader(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys without a word; a config says each thing once. Numbers stay text."""
+
+    yaml_implicit_resolvers: typing.ClassVar = {
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":int", ":float"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def compose_mapping_node(self, anchor):
         # Here, because later on the keys of what `<<` takes in stand beside those that override them.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -152,3 +153,21 @@ def test_a_home_is_found_behind_an_equals_sign(monkeypatch):
     config = load(GenerateConfig, ["--checkpoint", "~/run", "--output=~/out", "prompt=~/a.mid", "--anew", "--tag=~x"])
     assert (config.checkpoint, config.output, config.prompt) == ("/home/ada/run", "/home/ada/out", "/home/ada/a.mid")
     assert config.tag == "~x"
+
+
+MODULE_COMMANDS = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for room in ("meloformer", "benchmarks")
+    for path in sorted((ROOT / room).rglob("*.py"))
+    if '__name__ == "__main__"' in path.read_text(encoding="utf-8")
+]
+
+
+@pytest.mark.parametrize("name", MODULE_COMMANDS)
+def test_a_module_s_command_answers_a_mistake_as_the_scripts_do(name, monkeypatch):
+    """Three of the benchmarks had argparse's own two lines, and a traceback for a folder that is not there."""
+    module = import_module(name)
+    monkeypatch.setattr(sys, "argv", [name, "--no_such_flag"])
+    with pytest.raises(UserError, match="--help lists every flag"):
+        module.main()
+    assert "exit_cleanly(main)" in Path(module.__file__).read_text(encoding="utf-8")

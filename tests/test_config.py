@@ -170,7 +170,7 @@ def test_lists_mappings_and_none_from_words():
         "epochs: [3]",
         "summaries: 1",
         "dropout: .nan",
-        "data_dir: 1.10",
+        "epochs: 1:30",
     ],
 )
 def test_a_wrong_type_names_file_key_value_and_what_is_accepted(tmp_path, text):
@@ -179,7 +179,39 @@ def test_a_wrong_type_names_file_key_value_and_what_is_accepted(tmp_path, text):
     assert path in message and text.split(":")[0] in message and "must be" in message
 
 
+def test_numbers_are_what_people_write(tmp_path):
+    """YAML 1.1 counts by eights behind a zero and by sixties around a colon, and so --seed 010 gave the pieces of seed
+    8, and --bars 4:4 asked for 244 bars."""
+    words = ["--checkpoint", "x", "--output", "y"]
+    assert load(GenerateConfig, [*words, "--seed", "010"]).seed == 10
+    assert load(GenerateConfig, [*words, "--seed", "9007199254740993"]).seed == 2**53 + 1  # no float holds it
+    assert load(GenerateConfig, [*words, "--bars", "1e1"]).bars == 10
+    assert "bars is '4:4', must be a whole number" in refusal(*words, "--bars", "4:4", cls=GenerateConfig)
+    file = yaml_file(tmp_path, "bars: 010\ntag: 1.10\nseed: 007")
+    config = load(GenerateConfig, [*words, "--config", file])
+    assert (config.bars, config.tag, config.seed) == (10, "1.10", 7)
+
+
+def test_a_home_is_found_in_a_file_and_before_the_family_is_known(tmp_path, monkeypatch):
+    """`output: ~/out` made a folder called ~, and `generate.py --checkpoint=~/run` looked for the model in one."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text('{"family": "fractal"}')
+    file = yaml_file(tmp_path, "checkpoint: ~/run\noutput: ~/out\nrewrite: [~/a]")
+    config = load(GenerateConfig, ["--config=~/file.yaml", "--prompt", "a.mid"])
+    assert (config.checkpoint, config.output) == (str(tmp_path / "run"), str(tmp_path / "out"))
+    for words in (["--checkpoint=~/run"], ["--checkpoint", "~/run"], ["--config", file], ["--config=~/file.yaml"]):
+        assert family_of_command_line(words) == "fractal"
+
+
 # --- mistakes ---------------------------------------------------------------------------------------------------
+
+
+def test_a_distance_beyond_any_piece_is_refused():
+    """It took the memory of a table of all distances up to it, and then a traceback."""
+    message = refusal(*DATA, "--cross_bar_offsets", "0,1,100000000000")
+    assert "model.cross_bar_offsets is" in message and "-16384 to 16384" in message
+    assert "model.same_bar_offsets is" in refusal(*DATA, "--same_bar_offsets", "0,-20000")
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,10 @@
 """Safetensors files that are written as a stream and read through a memory map, the same bytes for the same content.
 
->>> writer = ArrayWriter("/tmp/example.safetensors", {"a": np.dtype(np.uint16), "b": np.dtype(np.int64)})
+>>> writer = ArrayWriter("example.safetensors", {"a": np.dtype(np.uint16), "b": np.dtype(np.int64)})
 >>> for values in ([1, 2], [3]):
 ...     writer.append("a", values)
 >>> sha256, size = writer.close({"format": FORMAT_VERSION, "title": "three numbers"})
->>> mapped = MappedArrays("/tmp/example.safetensors", "make it again")
+>>> mapped = MappedArrays("example.safetensors", "make it again")
 >>> mapped.arrays["a"].tolist(), mapped.metadata["title"]
 ([1, 2, 3], 'three numbers')
 
@@ -153,7 +153,7 @@ def _compact(value: dict) -> str:
 class MappedArrays:
     """A safetensors file as read-only arrays over a memory map: nothing is read until it is looked at.
 
-    `arrays` by name, `metadata` as it was given to `write_arrays`. DataError where the file is not whole.
+    `arrays` by name, `metadata` as it was given to `ArrayWriter.close`. DataError where the file is not whole.
     """
 
     def __init__(self, path: str | Path, remedy: str):

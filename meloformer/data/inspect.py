@@ -26,7 +26,7 @@ from meloformer.errors import UserError, exit_cleanly
 from meloformer.hid import Family, Tokenizer, Vocabulary
 from meloformer.hid.conditions import CONDITIONS, chord_name, derive, key_name
 from meloformer.hid.controls import BAR, ONSET, TOKEN, TRACK
-from meloformer.hid.vocabulary import ROLES
+from meloformer.hid.vocabulary import DEFAULT_RESOLUTION, ROLES
 from meloformer.midi import Score, read_score, write_midi
 from meloformer.midi.general_midi import instrument_name
 from meloformer.midi.score import DRUMS
@@ -221,7 +221,9 @@ def main() -> None:
     defaults = DataConfig(data_dir="")
     parser = Parser(prog="python -m meloformer.data.inspect", description=__doc__.split(":")[0])
     parser.add_argument("path", metavar="FILE|DIR", help="a MIDI file, or a folder that preprocess_data.py wrote")
-    parser.add_argument("--resolution", type=int, help="a file on another grid than 24 ticks a quarter note")
+    parser.add_argument(
+        "--resolution", type=int, help=f"a file on another grid than {DEFAULT_RESOLUTION} ticks a quarter note"
+    )
     parser.add_argument("--sustain-pedal", choices=("ignore", "extend"), help="a file with notes held by the pedal")
     parser.add_argument("--max-seq-len", type=int, help=f"tokens in a row (default {defaults.max_seq_len})")
     parser.add_argument("--max-bars", type=int, help=f"bars in a piece (default {defaults.max_bars})")
@@ -240,18 +242,16 @@ def main() -> None:
         if value is not None:
             raise UserError(f"{flag}: means nothing for a {'corpus' if path.is_dir() else 'file'}; leave it out")
     if not path.is_dir():
-        resolution, pedal = given.resolution or 24, given.sustain_pedal or "ignore"
+        resolution = DEFAULT_RESOLUTION if given.resolution is None else given.resolution
+        pedal = given.sustain_pedal or "ignore"
         text = describe_file(path, resolution, pedal)
         score = Tokenizer(Vocabulary(resolution)).quantize(read_score(path, pedal))
     elif given.piece is not None:
         text, score = describe_piece(Corpus(path), given.piece)
     else:
-        text, score = (
-            describe_corpus(
-                Corpus(path), given.max_seq_len or defaults.max_seq_len, given.max_bars or defaults.max_bars
-            ),
-            None,
-        )
+        max_seq_len = defaults.max_seq_len if given.max_seq_len is None else given.max_seq_len
+        max_bars = defaults.max_bars if given.max_bars is None else given.max_bars
+        text, score = describe_corpus(Corpus(path), max_seq_len, max_bars), None
     print(text)
     _write(score, given.midi, given.plot, path.name)
 

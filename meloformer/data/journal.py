@@ -6,7 +6,7 @@ shingles, and all running totals up to there; of the shards its own alone, for a
 gigabytes at ten thousand shards. An entry is written after its shard, so a shard without one is done
 again.
 
->>> with Journal(Path("processed"), started) as journal:       # doctest: +SKIP
+>>> with Journal(Path("processed"), started, first_source=0) as journal:       # doctest: +SKIP
 ...     state = journal.state                                  # of the last entry, or a fresh State
 
 The surprise: the journal of a part stays when the part is finished, for the merge reads its shingles.

@@ -16,7 +16,7 @@ depend on what is derived and how; a row of a batch has room for those condition
 restates what is in force without a search. They take 8 bytes each, a twentieth of a shard. The header carries the
 format version, the vocabulary's hash, the pieces' names, and the names of the rules (see hid.quantize and midi.read).
 
->>> path = "/tmp/shard-00000.safetensors"
+>>> path = "shard-00000.safetensors"
 >>> piece = Piece("a.mid", np.array([1, 2]), *EMPTY_SEGMENTS, {"overlaps": 3})
 >>> sha256, size = write_shard(path, [piece], "0123456789abcdef")
 >>> shard = Shard(path, "0123456789abcdef")

@@ -1,6 +1,7 @@
 """How well a model predicts music that it was not trained on: nats by token type, per note and per bar.
 
-In: a model with `training_loss(batch)` and the batches of a split, each window once. Out: numbers, ready for JSON:
+In: a model with `prepare(batch)` and `training_loss(inputs)`, and the batches of a split, each window once. Out:
+numbers, ready for JSON:
 
     nats_per_note   nats of all targets / notes (a note: one P with its L and V)
     nats_per_bar    nats of all targets / bars of music (BARs of the conductors: one counts once however many play)

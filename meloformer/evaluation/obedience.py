@@ -17,7 +17,7 @@ the real windows against their own conditions; and how much of the way from `shu
   shuffled), all else equal and the bars' densities untold, which would ask for a thin bar themselves; real ends
   (real) stand beside other real windows (real_other)
 
->>> measure(model, corpus, config.data, num_samples=32)["chords"]["share_of_gap"]   # doctest: +SKIP
+>>> measure(model, corpus, config.data, num_samples=32)["measures"]["chords"]["share_of_gap"]   # doctest: +SKIP
 
 The surprise: nothing of a real window reaches the model but what a musician could have typed. So its parts stand in the
 order in which a request writes them, and not in the encoder's, which knows how low a part lies: track i of a sample is

@@ -6,11 +6,12 @@ In: a corpus and its data settings. Out, over the held-out pieces, for each of t
 >>> predicted.evaluate(model, batch_size=4, max_rows=32)      # doctest: +SKIP
 {"key": {"nats_per_token": 2.6, "nats": 83.2, "tokens": 32}, "chords": {"nats_per_token": 2.9, ..}}
 
-They stand beside the other types in `by_type`, and in no sum: nats a note stay those of the music with nothing given,
-as for a model that predicts no condition, but for about a nat a stream, which it takes to say that none comes.
+They stand beside the other types in `by_type` and enter no sum: nats a note are measured on streams without conditions,
+as for a model that predicts none. Such a model still pays about a nat a stream there, for predicting that none comes.
 
-What surprises: each knows those before it, in the order of the stream, a chord all chords so far. It is one token, the
-cost of its T is its own, and of all of them the chance that any is given, which training says (0.48 by default).
+What surprises: a condition is predicted knowing all that stand before it in the stream, so a chord knows every chord so
+far. The cost of a chord includes that of its T, which says when it begins. And each cost includes the chance that the
+condition is given at all, as training has it: by default 0.6 of the pieces get conditions, each with 0.8, so 0.48.
 """
 
 from __future__ import annotations

@@ -33,13 +33,13 @@ from meloformer.fractal.roll import NUM_PITCHES, write_roll
 from meloformer.fractal.sampling import preview_rounds, sample
 from meloformer.training import checkpoint
 from meloformer.training.distributed import Ranks
-from meloformer.training.family import Family, Preview, adopt_settings
+from meloformer.training.family import ModelFamily, Preview, adopt_settings
 from meloformer.wording import counted
 
 STRIP = 8  # frames of a generation beside each other in TensorBoard, which shows no GIF
 
 
-class Rolls(Family):
+class Rolls(ModelFamily):
     """A run of FractalMIDI; `config` is a meloformer.fractal.config.FractalConfig."""
 
     unit = "cells"

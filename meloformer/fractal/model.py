@@ -1,10 +1,12 @@
 """FractalMIDI: generators within generators over a piano roll, down to a velocity head for single cells.
 
+After Li et al. 2025, Fractal Generative Models (arXiv 2502.17437); mar levels after Li et al. 2024 (arXiv 2406.11838).
+
     prepare(batch)        rolls (numpy: roll (B, 128, T), valid (B, T), key (B,)) -> Inputs on the model's device
     training_loss(batch)  -> (sum of nats, number of cells, {"nats": .., "count": .., "masked": .., "patches": ..})
 
 >>> model = FractalMIDI.from_pretrained("runs/fractal")   # doctest: +SKIP
->>> sample(model, known, keep)                            # doctest: +SKIP  (meloformer.fractal.sampling)
+>>> sample(model, known, keep)                            # of meloformer.fractal.sampling   # doctest: +SKIP
 
 The state that a generator computes for a patch, and those of its four neighbours, condition the next level's generator
 for that patch; the last level's states condition the velocity head. All problems of a level are one batch.

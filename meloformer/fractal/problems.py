@@ -3,7 +3,9 @@
     nest(cells, sizes)            (B, 128, T) -> (B, N0, N1, ..): patches within patches, `unnest` is the inverse
     pose(batch, config, exact)    rolls -> one `Problems` a level, numpy, all of them; no value depends on its batch
 
-A roll's random numbers come from its own `key`, so that a step is the same however it is cut into micro-batches.
+A problem is a patch cut into smaller ones, which its level predicts. One of these is *gone into* when its own cells
+become a problem of the next level, or at the last level when the velocity head predicts it. A roll's random numbers
+come from its own `key`, so that a step is the same however it is cut into micro-batches.
 
 The loss is a sum over all cells that are no padding, estimated without bias: of a mar level the masked patches count,
 each with the weight (patches / masked ones), and with `silent_fraction` p a silent patch is gone into with the

@@ -7,8 +7,9 @@ with all but some columns it is inpainted: one function for the three.
 >>> sample(model, np.zeros((2, 128, 256), np.uint8), np.zeros((2, 256), bool), (8, 4, 2, 1))   # doctest: +SKIP
 
 A mar level takes `num_iter_list[level]` rounds, each fills in a random part of the unknown patches, more of them the
-later it is (cosine); an ar level takes its patches one after the other. A patch that is filled in is a problem of the
-next level, and those of one round, of all rolls, are one batch there.
+later it is (cosine, as in MaskGIT: Chang et al. 2022, arXiv 2202.04200); an ar level takes its patches one after the
+other. A patch that is filled in is a problem of the next level, and those of one round, of all rolls, are one batch
+there.
 
 What surprises: every cell's random number, and every patch's place in the random order, is drawn beforehand from
 (seed, number of the roll). So a roll does not depend on its batch, and filling in leaf by leaf gives the same roll:

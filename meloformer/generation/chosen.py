@@ -13,8 +13,8 @@ What is due somewhere is a range of ids: of one id where it is given, of a famil
 
 They stand where the encoder puts them: a key, a tag and a density behind BOS; a density in every bar; a chord at the
 beginning of the first bar and then, as the model likes, another at the beginning of a bar or, where the meter's number
-is even, in its middle; role, density and polyphony behind INSTRUMENT. Each stands there for certain: that training
-leaves conditions out of many pieces says nothing of music. So only which key and chord, and where the next, is drawn.
+is even, in its middle; role, density and polyphony behind INSTRUMENT. Each is always written: how often training leaves
+one out is a setting and says nothing of music. What is drawn is its value, and of later chords the place.
 
 The surprise: a model writes from left to right, so what stands before something that was asked for would be chosen
 without knowing it. A key is not chosen where chords are given, nor a density of the piece where densities of bars or

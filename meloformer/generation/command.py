@@ -27,7 +27,6 @@ import numpy as np
 from tqdm import tqdm
 
 from meloformer.command_config import GenerateConfig
-from meloformer.command_line import expand_home
 from meloformer.device import choose_device
 from meloformer.errors import UserError
 from meloformer.evaluation.plots import piano_roll, require_matplotlib
@@ -49,6 +48,7 @@ from meloformer.midi.general_midi import instrument_name, parse_instrument
 from meloformer.midi.merge import MidiSource
 from meloformer.model import MeloFormer
 from meloformer.report import earlier_runs, refuse_taken, write_report
+from meloformer.settings import expand_home
 from meloformer.wording import counted
 
 WORDS_A_LINE = 8  # of the chords that a model chose; generation.json has all of them

@@ -64,7 +64,7 @@ def generate(
     model that was trained without a condition that it names.
     """
     sampling = sampling or Sampling()
-    max_length = max_length or model.max_seq_len
+    max_length = model.max_seq_len if max_length is None else max_length
     start = begin(model, request, max_length, guidance)
     prompt = np.array(start.forced_prefix())
     # Every sample begins alike: what they share is read once, and each batch branches off it.

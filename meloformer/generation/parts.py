@@ -3,7 +3,7 @@
 >>> task = accompaniment(prompt, [33], model.max_seq_len)                              # doctest: +SKIP
 >>> for sample in generate(model, task.request):                                       # doctest: +SKIP
 ...     added = go_on(task, sample, lambda task, number: generate(model, task.request)[0])
-...     task.merge(added.notes, frozenset(), f"{sample.index}.mid")
+...     task.merge(added.notes, added.gone, f"{sample.index}.mid")
 
 In: a `Task` whose window may end before its parts do, and a sample of it. Out: `Added`, the notes of all windows.
 

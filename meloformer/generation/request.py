@@ -37,8 +37,8 @@ from meloformer.hid.vocabulary import MAX_BPM, MIN_BPM, Family, Vocabulary
 from meloformer.midi.score import DRUMS
 
 TRACK_LENGTH = 6  # INSTRUMENT BAR T P L V: the shortest a part can be
-# The longest step that owes more than it writes is a T after a whole note: 1 token that owes 3 more. A BAR after a
-# whole note owes 4, an INSTRUMENT that was not asked for 5.
+# How much one more step may add to the shortest way to the end, itself included: a T has to be followed by P L V (4
+# tokens), a BAR by T P L V (5), an INSTRUMENT by BAR T P L V (6). Closing begins while there is still room for that.
 LONGEST_STEP = 6
 _HEAD_LENGTH = 6  # BOS ... CONDUCTOR BAR METER TEMPO ... EOS
 
@@ -73,6 +73,8 @@ class Request:
             )
         if self.tempo is not None and not MIN_BPM <= self.tempo <= MAX_BPM:
             raise UserError(f"tempo is {self.tempo}, must be from {MIN_BPM} to {MAX_BPM}")
+        if self.tempo is not None and self.tempo != int(self.tempo):
+            raise UserError(f"tempo is {self.tempo}, must be a whole number of quarter notes a minute")
         for instrument in self.instruments or []:
             if not 0 <= instrument <= DRUMS:
                 raise UserError(f"instrument {instrument} does not exist: 0..127 are programs, {DRUMS} is drums")

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from meloformer.errors import UserError
 from meloformer.hid.vocabulary import Family
 
 CLOSERS = (Family.BAR, Family.INSTRUMENT, Family.FILL, Family.EOS)  # each ends the bar that is being written
@@ -40,7 +41,7 @@ _CLOSES = np.isin(np.arange(len(Family)), CLOSERS)
 @dataclass(frozen=True)
 class Sampling:
     """temperature 0 takes the likeliest token; top_k 0, top_p 1 and min_p 0 are off; by_family is {family: its own
-    temperature}.
+    temperature}. UserError for a number that means nothing, such as a temperature below 0.
     """
 
     temperature: float = 1.0
@@ -48,6 +49,16 @@ class Sampling:
     top_p: float = 0.98
     min_p: float = 0.0
     by_family: Mapping[int, float] = field(default_factory=dict)
+
+    def __post_init__(self):
+        for name, value, good, accepted in (
+            *(("temperature", t, t >= 0, "at least 0") for t in (self.temperature, *self.by_family.values())),
+            ("top_k", self.top_k, self.top_k >= 0, "at least 0"),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0, at most 1"),
+            ("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1"),
+        ):
+            if not good:
+                raise UserError(f"{name} is {value}, must be {accepted}")
 
 
 class NonFiniteLogits(ValueError):

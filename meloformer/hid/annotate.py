@@ -1,7 +1,7 @@
 """Annotations: what each token of a HID stream is about, as a pure, vectorised function of the tokens.
 
-`annotate(tokens, vocabulary)` takes (T,) ids, a whole valid stream or any prefix of one, and returns nine-field
-`Annotations`, each (T,) int32. `find_segments` lists the segments they speak of.
+`annotate(tokens, vocabulary)` takes (T,) ids, a whole valid stream or any prefix of one, and returns
+`Annotations`, eight fields of (T,) int32 each. `find_segments` lists the segments they speak of.
 
 >>> v = Vocabulary()
 >>> bar = [v.BAR, v.time(0), v.pitch(60), v.duration(24), v.velocity(90)]

@@ -39,7 +39,17 @@ from math import floor
 import numpy as np
 
 from meloformer.hid.vocabulary import MAX_BPM, MIN_BPM, VELOCITIES, VELOCITY_BIN, Vocabulary
-from meloformer.midi.score import METER_DTYPE, TEMPO_DTYPE, MidiError, NoteColumns, Score, bar_of, bar_ticks, seconds_at
+from meloformer.midi.score import (
+    METER_DTYPE,
+    TEMPO_DTYPE,
+    MidiError,
+    NoteColumns,
+    Score,
+    bar_of,
+    bar_ticks,
+    flaw_of,
+    seconds_at,
+)
 
 STRAY_GAP_BARS = 64
 STRAY_SHARE = 0.01
@@ -54,7 +64,10 @@ def round_half_up(numerator: np.ndarray, denominator: int) -> np.ndarray:
 
 
 def quantize(score: Score, vocabulary: Vocabulary) -> Score:
-    """See the module's docstring. MidiError for a piece of more than MAX_BARS bars."""
+    """See the module's docstring. MidiError for a piece of more than MAX_BARS bars, and for notes or tracks that no
+    stream can hold."""
+    if flaw := flaw_of(score):
+        raise MidiError(f"the score has {flaw}")
     if score.quantized:
         if score.ticks_per_quarter != vocabulary.resolution:
             raise MidiError(

@@ -1,7 +1,8 @@
 """Rows: several annotated streams side by side, padded to one static shape. What a model reads.
 
 `make_row(documents, vocabulary, max_seq_len=N, max_segments=M)` returns a dict of int32 arrays: TOKEN_FIELDS of
-shape (N,), SEGMENT_FIELDS of shape (M,). `stack_rows` makes a batch (B, N), (B, M) of several.
+shape (N,), SEGMENT_FIELDS of shape (M,). `stack_rows` makes a batch (B, N), (B, M) of several. Without N and M a row is
+as large as its documents.
 
 >>> v = Vocabulary()
 >>> row = make_row([np.array([v.BOS, v.CONDUCTOR, v.BAR, v.meter(4, 4), v.tempo(120), v.EOS])], v, 8, 4)
@@ -51,14 +52,20 @@ def next_tokens(
 def make_row(
     documents: Sequence[np.ndarray],
     vocabulary: Vocabulary,
-    max_seq_len: int,
-    max_segments: int,
+    max_seq_len: int | None = None,
+    max_segments: int | None = None,
     predicted: Collection[Family] = frozenset(),
 ) -> dict[str, np.ndarray]:
     """One row; ValueError where the documents do not fit. An empty list gives a row of padding.
 
-    `predicted`: see `next_tokens`.
+    max_seq_len and max_segments: room for tokens and segments, None for as many as there are. `predicted`: see
+    `next_tokens`.
     """
+    about = [annotate(tokens, vocabulary) for tokens in documents]
+    if max_seq_len is None:
+        max_seq_len = sum(map(len, documents))
+    if max_segments is None:
+        max_segments = sum(int(a.segment.max(initial=-1)) + 1 for a in about)
     row = {name: np.full(max_seq_len, -1, dtype=np.int32) for name in TOKEN_FIELDS}
     row.update({name: np.full(max_segments, -1, dtype=np.int32) for name in SEGMENT_FIELDS})
     row["tokens"][:] = vocabulary.PAD
@@ -66,9 +73,8 @@ def make_row(
     for name in ("position", "time"):
         row[name][:] = 0
     start = first_segment = first_onset = 0
-    for number, tokens in enumerate(documents):
-        annotations = annotate(tokens, vocabulary)
-        segments = find_segments(annotations)
+    for number, (tokens, a) in enumerate(zip(documents, about)):
+        segments = find_segments(a)
         stop, last_segment = start + len(tokens), first_segment + len(segments.start)
         if stop > max_seq_len or last_segment > max_segments:
             raise ValueError(
@@ -77,18 +83,18 @@ def make_row(
             )
         here = slice(start, stop)
         row["tokens"][here] = tokens
-        row["targets"][here] = next_tokens(tokens, annotations, predicted)
+        row["targets"][here] = next_tokens(tokens, a, predicted)
         row["document"][here] = number
         row["position"][here] = np.arange(len(tokens))
-        for name, values in annotations._asdict().items():
+        for name, values in a._asdict().items():
             row[name][here] = values
-        row["segment"][here] += np.where(annotations.segment >= 0, first_segment, 0).astype(np.int32)
-        row["onset"][here] += np.where(annotations.onset >= 0, first_onset, 0).astype(np.int32)
+        row["segment"][here] += np.where(a.segment >= 0, first_segment, 0).astype(np.int32)
+        row["onset"][here] += np.where(a.onset >= 0, first_onset, 0).astype(np.int32)
         row["segment_document"][first_segment:last_segment] = number
         for name, values in segments._asdict().items():
             row[f"segment_{name}"][first_segment:last_segment] = values
         start, first_segment = stop, last_segment
-        first_onset += int(annotations.onset.max(initial=-1)) + 1
+        first_onset += int(a.onset.max(initial=-1)) + 1
     return row
 
 

@@ -30,7 +30,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections import Counter, defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -114,14 +114,15 @@ class MidiSource:
             for channel, program in sorted({(note.channel, note.program) for note in track.notes})
         ]
         self.number = {part: i for i, part in enumerate(self.parts)}
-        rows = [
-            (self.number[Part(i, n.channel, n.program)], n.onset, max(n.end - n.onset, 1), n.pitch, n.velocity)
-            for i, track in enumerate(self.tracks)
-            for n in track.notes
-        ]
+        rows = [self.row(i, note) for i, track in enumerate(self.tracks) for note in track.notes]
         fields = list(self.score.notes.dtype.names)
         if not np.array_equal(np.sort(note_table(rows), order=fields), np.sort(self.score.notes, order=fields)):
             raise MidiError(f"{path}: damaged MIDI (its notes read differently twice); {RESAVE}")
+
+    def row(self, file_track: int, note: Note) -> tuple[int, int, int, int, int]:
+        """A note of a track of the file as `score.notes` has it: track, onset, duration, pitch, velocity."""
+        track = self.number[Part(file_track, note.channel, note.program)]
+        return track, note.onset, max(note.end - note.onset, 1), note.pitch, note.velocity
 
     @property
     def loss(self) -> str:
@@ -173,12 +174,12 @@ def merge_midi(
         else:
             homeless[row[0]].append(row)
 
-    gone = set() if removed is None else set(zip(removed["track"].tolist(), removed["onset"].tolist()))
+    gone = set() if removed is None else set(removed.tolist())
     lists = []
     for i, track in enumerate(tracks):
         kept, dropped = [], set()
         for note in [] if only_new else track.notes:
-            if (source.number[Part(i, note.channel, note.program)], note.onset) in gone:
+            if source.row(i, note) in gone:
                 dropped |= {note.on_at, note.off_at}
             else:
                 kept.append(note)
@@ -197,19 +198,7 @@ def merge_midi(
                 counts["unpaired_avoided"] += 1
         lists.append(stays)
 
-    channels = _Channels(tracks, counts)
-    for number, rows in sorted(homeless.items()):
-        if number < len(source.parts):
-            part = source.score.tracks[number]
-            instrument, name = part.instrument, part.name or instrument_name(part.instrument)
-            counts["own_channel"] += instrument != DRUMS
-        else:
-            instrument = int(instruments[number - len(source.parts)])
-            name = instrument_name(instrument)
-        channel, setup = channels.choose(instrument)
-        head = [(0, _FILE, event) for event in (_name_event(name), *setup)]
-        lists.append(head + [event for row in rows for event in _note_events(channel, row)])
-
+    lists += _new_tracks(source, homeless, instruments, counts)
     ends = [track.events[-1][0] if track.events else 0 for track in tracks] + [0] * (len(lists) - len(tracks))
     ends[0] = max(ends[0], end_tick)
     try:
@@ -222,6 +211,26 @@ def merge_midi(
     except OSError as error:
         raise MidiError(f"{path}: cannot be written ({error.strerror}); check the folder") from None
     return +counts
+
+
+def _new_tracks(
+    source: MidiSource, homeless: Mapping[int, list], instruments: Sequence[int], counts: Counter
+) -> list[list[tuple[int, int, bytes]]]:
+    """The events of a track for each number in `homeless`, a track of the score or a new instrument: its name, its
+    channel's program where the channel is new, its notes."""
+    lists, channels = [], _Channels(source.tracks, counts)
+    for number, rows in sorted(homeless.items()):
+        if number < len(source.parts):
+            part = source.score.tracks[number]
+            instrument, name = part.instrument, part.name or instrument_name(part.instrument)
+            counts["own_channel"] += instrument != DRUMS
+        else:
+            instrument = int(instruments[number - len(source.parts)])
+            name = instrument_name(instrument)
+        channel, setup = channels.choose(instrument)
+        head = [(0, _FILE, event) for event in (_name_event(name), *setup)]
+        lists.append(head + [event for row in rows for event in _note_events(channel, row)])
+    return lists
 
 
 # --- the file's own tracks ----------------------------------------------------------------------------------------
@@ -314,7 +323,7 @@ def _note_events(channel: int, row: Sequence[int]) -> list[tuple[int, int, bytes
 
 
 def _name_event(name: str) -> bytes:
-    text = name.encode("utf-8")[:127]
+    text = name.encode("utf-8")[:127].decode("utf-8", "ignore").encode("utf-8")  # no character is cut in two
     return bytes((0xFF, 0x03, len(text))) + text
 
 

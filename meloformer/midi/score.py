@@ -208,6 +208,28 @@ class Score:
     __hash__ = None
 
 
+def flaw_of(score: Score) -> str:
+    """What neither a MIDI file nor a stream can hold of a score's tracks and notes, in words; "" where all is well.
+
+    >>> flaw_of(Score(480, [Track(0)], note_table([(1, 0, 480, 60, 90)])))
+    'a note of a track that is not there: the score has 1'
+    """
+    if any(not track.is_drum and not 0 <= track.program < DRUMS for track in score.tracks):
+        return "a program outside 0..127"
+    notes = score.columns
+    if not len(notes.track):
+        return ""
+    for column, highest, flaw in (
+        (notes.onset, 2**63 - 1, "a note before tick 0"),
+        (notes.pitch, 127, "a pitch outside 0..127"),
+        (notes.velocity, 127, "a velocity outside 0..127"),
+        (notes.track, len(score.tracks) - 1, f"a note of a track that is not there: the score has {len(score.tracks)}"),
+    ):
+        if int(column.view(np.uint64).max()) > highest:  # as unsigned, a negative number is a large one
+            return flaw
+    return ""
+
+
 def seconds_at(tempos: np.ndarray, ticks_per_quarter: int, ticks: np.ndarray | int) -> np.ndarray:
     """Seconds from the beginning to each tick, through a tempo map."""
     ticks = np.asarray(ticks)

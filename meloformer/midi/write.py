@@ -33,7 +33,7 @@ import numpy as np
 from meloformer.files import write_atomic
 from meloformer.midi.chunks import MAX_DELTA
 from meloformer.midi.general_midi import FAMILY_SIZE
-from meloformer.midi.score import MidiError, Score
+from meloformer.midi.score import MidiError, Score, flaw_of
 
 DRUM_CHANNEL = 9  # counted from 0
 MELODIC_CHANNELS = [channel for channel in range(16) if channel != DRUM_CHANNEL]
@@ -75,15 +75,11 @@ def _check(score: Score, path) -> None:
         raise MidiError(f"{path}: meter {numerators[i]}/{denominators[i]}: 1..255 over a power of two is accepted")
     if not (score.tempos["qpm"] > 0).all():
         raise MidiError(f"{path}: a tempo of {score.tempos['qpm'].min()} quarters a minute: it must be positive")
-    if any(not track.is_drum and not 0 <= track.program < 128 for track in score.tracks):
-        raise MidiError(f"{path}: a program outside 0..127")
-    notes = score.notes
-    if len(notes) and (notes["onset"].min() < 0 or notes["pitch"].max() > 127):
-        raise MidiError(f"{path}: a note before tick 0 or above pitch 127")
-    if len(notes) and not (notes["velocity"].min() >= 1 and notes["velocity"].max() <= 127):
-        raise MidiError(f"{path}: a velocity outside 1..127")
-    if len(notes) and not (notes["track"].min() >= 0 and notes["track"].max() < len(score.tracks)):
-        raise MidiError(f"{path}: a note of a track that is not there: the score has {len(score.tracks)}")
+    flaw = flaw_of(score)
+    if not flaw and len(score.notes) and not score.notes["velocity"].all():
+        flaw = "a note of velocity 0, which would end another"
+    if flaw:
+        raise MidiError(f"{path}: {flaw}")
 
 
 def _assign_channels(score: Score, counts: Counter) -> list[tuple[int, int]]:

@@ -1,5 +1,8 @@
 """Building blocks: RMSNorm, SwiGLU, two-axis rotary positions. No biases anywhere.
 
+RMSNorm: Zhang and Sennrich 2019, arXiv 1910.07467. SwiGLU: Shazeer 2020, arXiv 2002.05202. Rotary positions: Su et al.
+2021, arXiv 2104.09864; here half the planes of a head turn with the place in the stream and half with musical time.
+
 Shapes: x (B, T, d_model); q and k (B, T, H, D), D the head size, `d_model / n_head`.
 
 >>> rotary = Rotary(64, axes=2, resolution=24)

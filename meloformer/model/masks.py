@@ -113,7 +113,11 @@ def send(values: np.ndarray | Tensor, device: torch.device | str) -> Tensor:
 
 
 class AttentionRule:
-    """The element rule of one config; tables live on the CPU until `to(device)`."""
+    """The element rule of one config; tables live on the CPU until `to(device)`.
+
+    The backends read its tables (`visible`, `same_bars`, `cross_bars`) and not `__call__`, which decoding asks: README,
+    "Another attention pattern", says how a subclass with a rule of its own is put to use.
+    """
 
     def __init__(self, config: ModelConfig):
         self.full_causal = config.pattern == "full_causal"

@@ -56,8 +56,7 @@ def draw_mask(
     except ImportError:
         raise UserError("the picture needs matplotlib; pip install matplotlib") from None
     rule = AttentionRule(config or ModelConfig(size="small"))
-    num_segments = int(np.isin(tokens, (vocabulary.BAR, vocabulary.FILL)).sum())
-    row = make_row([tokens], vocabulary, len(tokens), num_segments)
+    row = make_row([tokens], vocabulary)
     figure = Figure(figsize=(11.5, 6.1), dpi=100, facecolor="white")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, gridspec_kw={"wspace": 0.06})

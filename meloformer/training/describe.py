@@ -1,6 +1,6 @@
 """What a run says of itself: the table before the first step, and the last line.
 
->>> print(describe(config, family, plan, model, fixed, ranks))    # doctest: +SKIP
+>>> print(describe(config.training, family, plan, model, fixed, ranks))    # doctest: +SKIP
   model       small: 6 layers, d_model 256, 4 heads, d_ff 1792
   parameters  17,123,840
   ...
@@ -20,8 +20,9 @@ from torch import nn
 from meloformer.data import steps_in
 from meloformer.loop_config import LoopConfig
 from meloformer.training.distributed import Ranks
-from meloformer.training.family import Family
+from meloformer.training.family import ModelFamily
 from meloformer.training.logging import table
+from meloformer.training.optimizer import split_parameters
 from meloformer.training.run import Fixed, Progress
 from meloformer.training.signals import name_of
 from meloformer.wording import counted
@@ -29,15 +30,13 @@ from meloformer.wording import counted
 FEW = 5  # held-out pieces: with fewer, one piece's luck is the whole validation
 
 
-def describe(t: LoopConfig, family: Family, plan: Any, model: nn.Module, fixed: Fixed, ranks: Ranks) -> str:
+def describe(t: LoopConfig, family: ModelFamily, plan: Any, model: nn.Module, fixed: Fixed, ranks: Ranks) -> str:
     """The table before the first step."""
     per_epoch = steps_in(plan, fixed.rows_per_step)
     device = ranks.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     processes = f"{ranks.world_size} x " if ranks.world_size > 1 else ""
-    # float32 weights, gradients and moments: two of AdamW, or Muon's one for the matrices
-    moments = sum(p.numel() * (1 if t.optimizer == "muon" and p.ndim == 2 else 2) for p in model.parameters())
-    memory = 4 * (2 * model.num_parameters() + moments) / 2**20
+    memory = 4 * (2 * model.num_parameters() + num_moments(model, t.optimizer)) / 2**20
     used = family.about_step(plan, fixed.rows_per_step)
     few, held_out = t.patience and family.num_held_out < FEW, counted(family.num_held_out, "held-out piece")
     warning = f"{held_out} to decide when patience ends the run, which is chance; {family.hold_out_more}"
@@ -57,7 +56,13 @@ def describe(t: LoopConfig, family: Family, plan: Any, model: nn.Module, fixed: 
     )
 
 
-def last_words(folder: Path, family: Family, fixed: Fixed, progress: Progress, signal_number: int) -> str:
+def num_moments(model: nn.Module, optimizer: str) -> int:
+    """Numbers that the optimizer remembers, in float32: two a parameter, of Muon's matrices one."""
+    matrices, rest = (sum(p.numel() for p in parameters) for parameters in split_parameters(model))
+    return (1 if optimizer == "muon" else 2) * matrices + 2 * rest
+
+
+def last_words(folder: Path, family: ModelFamily, fixed: Fixed, progress: Progress, signal_number: int) -> str:
     dry_run = family.settings.fast_dev_run  # its folder is gone when this is read
     if signal_number and not progress.is_finished(fixed):
         where = f"at step {progress.step} of {fixed.max_steps}"

@@ -1,7 +1,14 @@
-"""What the training loop asks of a model family: `Family`. The loop itself knows neither.
+"""What the training loop asks of a model family: `ModelFamily`. The loop itself knows none of them.
 
-Two there are: meloformer.training.streams (token streams, MeloFormer) and meloformer.fractal.family (piano rolls,
-FractalMIDI). An object is made of a run's config, of which the loop reads `training` alone (a loop_config.LoopConfig).
+There are two: meloformer.training.streams (token streams, MeloFormer) and meloformer.fractal.family (piano rolls,
+FractalMIDI). A third takes four parts, and tests/training/test_family.py is one, whole, in a hundred lines:
+
+- a config: a settings.Settings with `family` (its name) and the sections `model`, `data` and `training`. The loop reads
+  `training`, a loop_config.LoopConfig, and of the model `dropout` alone;
+- a model: a torch.nn.Module with what `ModelFamily.build` lists;
+- a plan of rows, with what `ModelFamily.plan` lists;
+- a `ModelFamily` that brings them together, and a line in meloformer.families.FAMILIES, by which train.py finds config
+  and family. generate.py and evaluate.py name the families they can open, and get a branch each.
 
     family = open_family(config)
     plan = family.open_data(epoch)                  # rows, for meloformer.data.loader.batches; family.data_hash
@@ -38,7 +45,7 @@ class Preview:
     images: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-class Family(ABC):
+class ModelFamily(ABC):
     """Everything about a run that is not the loop's."""
 
     unit: str  # what has a loss, in the plural: tokens
@@ -74,7 +81,14 @@ class Family(ABC):
 
     @abstractmethod
     def plan(self, epoch: int) -> Any:
-        """The rows of an epoch."""
+        """The rows of an epoch: an object with
+
+        - `num_rows`;
+        - `row(i)` -> (dict of numpy arrays, where they come from): arrays of the same names and shapes for every row,
+          which are stacked to batches; always the same for the same i, so that a run can be resumed;
+        - `empty_row()` -> a row of padding, for the last step of an epoch;
+        - `num_targets(batch)` -> how many targets a batch has: what the loss is divided by.
+        """
 
     @abstractmethod
     def coordinates(self, step: Step) -> str:
@@ -84,7 +98,13 @@ class Family(ABC):
 
     @abstractmethod
     def build(self) -> nn.Module:
-        """The model of the config, fresh, with `training_loss`, `save_pretrained` and `gradient_checkpointing`."""
+        """The model of the config, fresh, with
+
+        - `prepare(batch)`: a batch of rows as tensors on its `device`;
+        - `training_loss(prepared)` -> (sum of nats, 0-d tensor; number of targets; {name: tensor to be added up});
+        - `save_pretrained(folder)`: writes model.safetensors, its state_dict, and config.json, which names the family;
+        - `config`, the Settings that it was made of, `num_parameters()`, and the switch `gradient_checkpointing`.
+        """
 
     @abstractmethod
     def open_pretrained(self, path: str) -> nn.Module:

@@ -37,7 +37,7 @@ from meloformer.settings import Settings
 from meloformer.training import checkpoint, run
 from meloformer.training.describe import describe, last_words
 from meloformer.training.distributed import Ranks, joined
-from meloformer.training.family import Family
+from meloformer.training.family import ModelFamily
 from meloformer.training.logging import RunLog, SilentLog
 from meloformer.training.optimizer import (
     build_optimizers,
@@ -308,7 +308,7 @@ def accumulate(
 
 
 def endless_steps(
-    family: Family, plan, progress: Progress, rows_per_step: int, ranks: Ranks
+    family: ModelFamily, plan, progress: Progress, rows_per_step: int, ranks: Ranks
 ) -> Iterator[tuple[int, bool, Step]]:
     """(epoch, whether it is the epoch's last, step), from where `progress` stands on. `plan` is that epoch's."""
     settings = family.settings

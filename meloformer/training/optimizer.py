@@ -6,8 +6,10 @@ for matrices alone: embeddings, norms and learned vectors go without.
 >>> optimizers = build_optimizers(model, "adamw", 3e-4, 0.1, (0.9, 0.95))        # doctest: +SKIP
 >>> save_file(optimizer_tensors(model, optimizers), "optimizer.safetensors")             # doctest: +SKIP
 
+AdamW: Loshchilov and Hutter 2019, arXiv 1711.05101. Muon: Jordan et al. 2024, kellerjordan.github.io/posts/muon.
+
 What surprises: Muon takes the same learning rate as AdamW. Its update is scaled to the root mean square that AdamW's
-usually has ("match_rms_adamw"), so one schedule serves both.
+usually has ("match_rms_adamw", Liu et al. 2025, arXiv 2502.16982), so one schedule serves both.
 """
 
 from __future__ import annotations
@@ -22,10 +24,11 @@ MUON_MOMENTUM = 0.95
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(hidden matrices, all the rest) of the trainable parameters; a tied embedding counts as an embedding."""
-    embeddings = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    """(hidden matrices, all the rest) of the trainable parameters. A matrix is a weight of a linear map: an embedding,
+    tied or not, and a table of learned positions are rows that are looked up."""
+    linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     trainable = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in trainable if p.ndim == 2 and id(p) not in embeddings]
+    matrices = [p for p in trainable if id(p) in linear]
     chosen = {id(p) for p in matrices}
     return matrices, [p for p in trainable if id(p) not in chosen]
 

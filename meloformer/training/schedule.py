@@ -3,7 +3,8 @@
 >>> [round(learning_rate(s, 1e-3, 1e-4, 2, 6), 6) for s in range(7)]
 [0.0005, 0.001, 0.001, 0.000868, 0.00055, 0.000232, 0.0001]
 
-Nothing is remembered between steps, so resuming has nothing to restore but `max_steps`, which a run fixes at its start.
+The cosine is that of Loshchilov and Hutter 2017 (arXiv 1608.03983, equation 5), without restarts. Nothing is remembered
+between steps, so resuming has nothing to restore but `max_steps`, which a run fixes at its start.
 """
 
 from __future__ import annotations

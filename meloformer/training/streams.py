@@ -23,12 +23,12 @@ from meloformer.evaluation.predicted import Predicted
 from meloformer.evaluation.tasks import Tasks
 from meloformer.model import MeloFormer
 from meloformer.training.distributed import Ranks
-from meloformer.training.family import Family, Preview, adopt_settings
+from meloformer.training.family import ModelFamily, Preview, adopt_settings
 from meloformer.training.preview import write_preview
 from meloformer.wording import counted, type_word
 
 
-class Streams(Family):
+class Streams(ModelFamily):
     """A run of MeloFormer; `config` is a meloformer.config.Config."""
 
     unit = "tokens"
@@ -85,7 +85,11 @@ class Streams(Family):
         return model
 
     def open_pretrained(self, path: str) -> MeloFormer:
-        return MeloFormer.from_pretrained(path, self.corpus.vocabulary)
+        model = MeloFormer.from_pretrained(path, self.corpus.vocabulary)
+        other = [f"{new} was {old}" for old, new in zip(model.tags, self.corpus.tags) if old != new]
+        if other and "tag" in self.config.data.given_conditions():  # they are told apart by their numbers alone
+            print(f"{path}: its tags are others ({', '.join(other[:3])}), and what these mean has to be learnt anew")
+        return model
 
     def adopt(self, saved: dict[str, Any], where: str) -> None:
         self.config.model = adopt(self.config.model, saved, where)

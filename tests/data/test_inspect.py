@@ -103,6 +103,21 @@ def test_refusals_are_one_line(corpus, flags, message, monkeypatch):
         inspect.main()
 
 
+def test_a_flag_of_nought_is_not_one_that_is_left_out(tmp_path, monkeypatch, capsys):
+    """--resolution 0 showed the file on the usual grid; and flags that preprocessing spells with an underscore were
+    unknown here."""
+    from meloformer.data import inspect
+
+    write_midi(make_score(1), tmp_path / "b.mid")
+    monkeypatch.setattr(sys, "argv", ["inspect", str(tmp_path / "b.mid"), "--resolution", "0"])
+    with pytest.raises(ValueError, match="resolution is 0"):
+        inspect.main()
+    for flag in ("--sustain_pedal=extend", "--sustain-pedal=extend"):
+        monkeypatch.setattr(sys, "argv", ["inspect", str(tmp_path / "b.mid"), flag])
+        inspect.main()
+        assert "Flute" in capsys.readouterr().out
+
+
 def test_every_rule_that_counts_something_has_words(real_midi):
     seen = set()
     for path in sorted(real_midi.rglob("*.mid"))[::25]:

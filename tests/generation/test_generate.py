@@ -409,3 +409,27 @@ def test_sound_is_whole_or_absent_and_what_is_missing_is_named(checkpoint, tmp_p
     midi.write_text("music")
     Synthesizer(font).render(midi, tmp_path / "a.wav")
     assert sorted(path.name for path in tmp_path.glob("*a.*")) == ["a.mid", "a.sf2", "a.wav"]
+
+
+@pytest.mark.parametrize(
+    ("sampling", "message"),
+    [
+        ({"temperature": -1}, "temperature is -1, must be at least 0"),
+        ({"by_family": {8: -0.5}}, "temperature is -0.5"),
+        ({"top_p": 0}, "top_p is 0, must be above 0, at most 1"),
+        ({"top_k": -3}, "top_k is -3"),
+        ({"min_p": 2}, "min_p is 2"),
+    ],
+)
+def test_sampling_that_means_nothing_is_refused_in_python_too(sampling, message):
+    """The command refused it; from Python a temperature of -1 wrote what is least likely."""
+    with pytest.raises(UserError, match=message):
+        Sampling(**sampling)
+
+
+def test_a_request_that_cannot_be_honoured_is_refused_in_python_too():
+    """Half a beat a minute was dropped, and no tokens at all meant as many as there may be."""
+    with pytest.raises(UserError, match=r"tempo is 90.5, must be a whole number"):
+        generate(tiny_model(), Request(bars=1, tempo=90.5))
+    with pytest.raises(UserError, match="max_length is 0"):
+        generate(tiny_model(), Request(bars=1), max_length=0)

@@ -29,6 +29,25 @@ def columns(score: Score) -> list[tuple]:
     return [(int(n["onset"]), int(n["duration"]), int(n["pitch"])) for n in score.notes]
 
 
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize(
+    ("program", "row", "message"),
+    [
+        (200, (0, 0, 24, 60, 90), "a program outside 0..127"),
+        (0, (0, 0, 24, 200, 90), "a pitch outside 0..127"),
+        (0, (0, 0, 24, 60, 200), "a velocity outside 0..127"),
+        (0, (1, -96, 24, 60, 90), "a note before tick 0"),
+        (0, (2, 0, 24, 60, 90), "a note of a track that is not there: the score has 2"),
+    ],
+)
+def test_what_no_stream_can_hold_is_refused(program, row, message, quantized):
+    """Pitch 200 was written as L_576 and program 200 as T_71, streams that nothing decodes; write_midi refused them."""
+    notes = note_table([(0, 0, 24, 64, 90), row])
+    score = Score(24, [Track(program), Track(33)], notes, quantized=quantized, num_bars=1 if quantized else None)
+    with pytest.raises(MidiError, match=message):
+        TOKENIZER.encode(score)
+
+
 def test_halves_round_up_and_notes_last_at_least_a_tick():
     score = quantize(score_of((10, 1, 60), (30, 19, 62), tpq=480), V)  # 0.5 ticks -> 1; 1.5 -> 2, end 2.45 -> 2
     assert columns(score) == [(1, 1, 60), (2, 1, 62)]

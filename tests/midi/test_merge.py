@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from meloformer.midi import DRUMS, MidiError, note_table, read_score
-from meloformer.midi.chunks import header, split
+from meloformer.midi.chunks import header, split, track_chunk
 from meloformer.midi.merge import MidiSource, merge_midi
 from meloformer.midi.read import read_with_miditoolkit, read_with_symusic
 from tests.midi.real_files import readable_sample
@@ -205,8 +205,8 @@ def test_real_files_keep_every_event(real_midi, tmp_path):
         if not len(old) or len(before) != len(source.tracks):
             continue
         gone = old[rng.random(len(old)) < 0.1]
-        gone_keys = set(zip(gone["track"].tolist(), gone["onset"].tolist()))
-        is_kept = np.array([k not in gone_keys for k in zip(old["track"].tolist(), old["onset"].tolist())])
+        gone_rows = set(gone.tolist())
+        is_kept = np.array([row not in gone_rows for row in old.tolist()])
         rows = [
             (rng.integers(len(source.parts) + 1), rng.integers(source.score.end_tick), 50, rng.integers(128), 64)
             for _ in range(20)
@@ -224,3 +224,27 @@ def test_real_files_keep_every_event(real_midi, tmp_path):
         assert len(back.notes) == is_kept.sum() + 20 - counts["held_dropped"] - counts["duplicate_dropped"]
         checked += 1
     assert checked > 30
+
+
+def test_a_long_name_is_cut_between_characters(tmp_path):
+    """127 bytes are what a new track's name may have, and the last one was half of an é."""
+    name = ("xx" + "é" * 100).encode()
+    events = [(0, b"\xff\x03\x81\x4a" + name), (0, b"\xc0\x21"), (0, b"\x90\x3c\x5a"), (96, b"\x80\x3c\x00")]
+    chunk = track_chunk([*events, (192, b"\xc0\x05"), (384, b"\xff\x2f\x00")])
+    (tmp_path / "a.mid").write_bytes(header(0, 1, 96) + chunk)
+    counts = merge_midi(MidiSource(tmp_path / "a.mid"), tmp_path / "b.mid", note_table([(0, 200, 40, 64, 80)]))
+    assert counts["own_channel"] == 1
+    names = [track.name for track in read_score(tmp_path / "b.mid").tracks]
+    assert names == ["xx" + "é" * 100, "xx" + "é" * 62]
+
+
+def test_a_note_of_a_chord_may_be_removed_alone(tmp_path):
+    """What is removed are rows of the note table; all that began with one went."""
+    chunk = track_chunk(
+        [(0, bytes((0x90, pitch, 90))) for pitch in (60, 64, 67)] + [(96, bytes((0x80, p, 0))) for p in (60, 64, 67)]
+    )
+    (tmp_path / "a.mid").write_bytes(header(0, 1, 96) + chunk)
+    source = MidiSource(tmp_path / "a.mid")
+    removed = source.score.notes[source.score.notes["pitch"] == 64]
+    merge_midi(source, tmp_path / "b.mid", note_table(), removed=removed)
+    assert read_score(tmp_path / "b.mid").notes["pitch"].tolist() == [60, 67]

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from meloformer.errors import UserError
+from meloformer.training.describe import num_moments
 from meloformer.training.optimizer import (
     build_optimizers,
     load_optimizer_tensors,
@@ -18,16 +19,17 @@ from meloformer.training.schedule import learning_rate
 
 
 class Tiny(nn.Module):
-    """A tied embedding, a hidden matrix, a norm: one of each kind."""
+    """A tied embedding, a table of positions, a hidden matrix, a norm: one of each kind."""
 
     def __init__(self, width: int = 6):
         super().__init__()
         self.token = nn.Embedding(5, width)
+        self.position = nn.Parameter(torch.zeros(5, width))
         self.hidden = nn.Linear(width, width, bias=False)
         self.norm = nn.RMSNorm(width)
 
     def forward(self, tokens):
-        return self.norm(self.hidden(self.token(tokens))) @ self.token.weight.T
+        return self.norm(self.hidden(self.token(tokens) + self.position)) @ self.token.weight.T
 
 
 def update(model, optimizers):
@@ -44,14 +46,25 @@ def build(name, model):
 
 
 def test_only_hidden_matrices_decay():
+    """FractalMIDI's learned positions decayed too, and Muon turned them as it turns matrices."""
     model = Tiny()
     matrices, rest = split_parameters(model)
-    assert [p is model.hidden.weight for p in matrices] == [True] and len(rest) == 2
+    assert [p is model.hidden.weight for p in matrices] == [True] and len(rest) == 3
     (optimizer,) = build("adamw", model)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
     muon, adamw = build("muon", model)
     assert muon.param_groups[0]["params"] == matrices
     assert {id(p) for p in adamw.param_groups[0]["params"]} == {id(p) for p in rest}
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_memory_that_is_announced_is_that_of_the_moments(name):
+    """Embeddings are two-dimensional too, and AdamW's: they were counted as Muon's."""
+    model = Tiny()
+    optimizers = build(name, model)
+    update(model, optimizers)
+    moments = sum(t.numel() for key, t in optimizer_tensors(model, optimizers).items() if not key.endswith("/step"))
+    assert num_moments(model, name) == moments
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

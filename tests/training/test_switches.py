@@ -12,6 +12,7 @@ from meloformer.command_line import load
 from meloformer.config import Config, ModelConfig
 from meloformer.errors import UserError
 from meloformer.export import export
+from meloformer.hid import Vocabulary
 from meloformer.midi import read_score
 from meloformer.model import MeloFormer
 from meloformer.training import checkpoint, loop, preview, run, streams
@@ -140,6 +141,21 @@ def test_init_from_refuses_what_does_not_fit(make_config, tmp_path):
     with pytest.raises(UserError, match="nowhere: no model there"):
         train(make_config("new", max_steps=1, init_from=str(tmp_path / "nowhere")))
     assert not (tmp_path / "new").exists()
+
+
+def test_a_tag_that_means_another_style_is_named(make_config, tmp_path, capsys):
+    """Tags are numbers to the model: fine-tuned on other folders it took `--tag jazz` for the waltzes of its first run,
+    and nothing said so."""
+    model = MeloFormer(make_config().model, Vocabulary())
+    model.tags = ["rock", "waltz"]
+    model.save_pretrained(tmp_path / "old")
+    for tags, said in ((["rock", "jazz"], "(jazz was waltz)"), (["rock"], None)):
+        family = streams.Streams(make_config("new"))
+        family.open_data(0)
+        family.corpus.meta["input"]["tags"] = tags
+        family.open_pretrained(str(tmp_path / "old"))
+        out = capsys.readouterr().out
+        assert said in out if said else out == ""
 
 
 def test_rows_follow_the_run_that_is_fine_tuned(make_config, tmp_path, capsys):
