@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from meloformer.errors import UserError
@@ -42,6 +43,9 @@ HIDDEN = -1e9  # added to what is not seen; finite, because a query that sees no
 # what does not divide our blocks, kernel options or not: nothing is left, and training fails. Told to time several, it
 # has some that fit. The forward pass keeps the tile it is given; matrix products around it are not timed.
 CUDA_OPTIONS = {"max_autotune": True, "max_autotune_gemm_backends": "ATEN"}
+# Never cuDNN, which torch prefers for bfloat16 on Hopper: its backward pass under a mask gives NaN at some lengths
+# (pytorch issue 196678: torch 2.11 on, lengths of 64 beyond a multiple of 128).
+MASKED_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _compiled_flex = {
     kind: torch.compile(flex_attention, fullgraph=True, dynamic=False, options=options)
     for kind, options in (("cuda", CUDA_OPTIONS), ("cpu", None))
@@ -60,7 +64,8 @@ class Visibility:
         first = self.blind.shape[1] - q.shape[1]
         bias, blind = self.bias[:, None, first:], self.blind[:, first:, None, None]
         q, k, v = (x.to(bias.dtype).transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        with sdpa_kernel(MASKED_KERNELS):
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return out.transpose(1, 2).masked_fill(blind, 0.0)
 
 

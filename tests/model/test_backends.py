@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 
 from meloformer.config import ModelConfig
 from meloformer.errors import UserError
+from meloformer.model import attention
 from meloformer.model.attention import BLOCK_SIZE, CUDA_OPTIONS
 from tests.hid.streams import random_stream
 from tests.model.music import another_tail, batch_of, rich_stream, tiny_model, with_deferred_bars
@@ -150,6 +151,21 @@ def test_a_backward_kernel_is_left_for_our_blocks(capability, monkeypatch):
             tiles = heuristics.CUDAConfigHeuristic().get_flex_attn_bwd_configs(64, torch.bfloat16)
         sides = [((t.block_m1, t.block_m2), (t.block_n1, t.block_n2)) for t in tiles]
         assert any(not any(queries % m for m in of_q) and not any(keys % n for n in of_k) for of_q, of_k in sides)
+
+
+def test_dense_does_not_take_cudnn_on_a_gpu(monkeypatch):
+    """torch's first choice for bfloat16 under a mask on an H100 or H200, and wrong there at some lengths."""
+    allowed, kernel, of = [], attention.F.scaled_dot_product_attention, torch.backends.cuda
+
+    def recorder(*arguments, **options):
+        allowed.append((of.cudnn_sdp_enabled(), of.mem_efficient_sdp_enabled(), of.math_sdp_enabled()))
+        return kernel(*arguments, **options)
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", recorder)
+    q = torch.ones(1, 192, 2, 64)
+    attention.attend(q, q, q, attention.Visibility(torch.ones(1, 192, 192, dtype=torch.bool), q.dtype))
+    assert allowed == [(False, True, True)]
+    assert of.cudnn_sdp_enabled()  # elsewhere as before
 
 
 @CUDA
