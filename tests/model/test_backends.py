@@ -5,6 +5,8 @@ All compiled tests share one shape, for a compilation takes many seconds on a CP
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch._dynamo.utils import counters
 
 from meloformer.config import ModelConfig
 from meloformer.errors import UserError
+from meloformer.fractal import levels
 from meloformer.model import attention
 from meloformer.model.attention import BLOCK_SIZE, CUDA_OPTIONS
 from tests.hid.streams import random_stream
@@ -153,19 +156,18 @@ def test_a_backward_kernel_is_left_for_our_blocks(capability, monkeypatch):
         assert any(not any(queries % m for m in of_q) and not any(keys % n for n in of_k) for of_q, of_k in sides)
 
 
-def test_dense_does_not_take_cudnn_on_a_gpu(monkeypatch):
-    """torch's first choice for bfloat16 under a mask on an H100 or H200, and wrong there at some lengths."""
-    allowed, kernel, of = [], attention.F.scaled_dot_product_attention, torch.backends.cuda
-
-    def recorder(*arguments, **options):
-        allowed.append((of.cudnn_sdp_enabled(), of.mem_efficient_sdp_enabled(), of.math_sdp_enabled()))
-        return kernel(*arguments, **options)
-
-    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", recorder)
+def test_cudnn_is_left_out_on_a_gpu(monkeypatch):
+    """torch's first choice for bfloat16 on an H100 or H200: wrong there at some lengths, and slow at every new one."""
+    of, asked = torch.backends.cuda, []
+    with attention.kernels(torch.device("cuda")):
+        assert (of.cudnn_sdp_enabled(), of.mem_efficient_sdp_enabled(), of.math_sdp_enabled()) == (False, True, True)
+    assert of.cudnn_sdp_enabled()  # elsewhere as before
+    for module in (attention, levels):
+        monkeypatch.setattr(module, "kernels", lambda device: asked.append(device.type) or nullcontext())
     q = torch.ones(1, 192, 2, 64)
     attention.attend(q, q, q, attention.Visibility(torch.ones(1, 192, 192, dtype=torch.bool), q.dtype))
-    assert allowed == [(False, True, True)]
-    assert of.cudnn_sdp_enabled()  # elsewhere as before
+    levels.Block(16, 2, 32, 0.0)(torch.ones(1, 3, 16), None, False)
+    assert asked == ["cpu", "cpu"]
 
 
 @CUDA
