@@ -15,7 +15,8 @@ from meloformer.errors import UserError
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device that `name` asks for, `auto` being a GPU if there is one; UserError if it is not there.
+    """The device that `name` asks for, `auto` being a GPU if there is one; UserError if it is not there. A GPU becomes
+    the current one: graphs are captured there, and memory is pinned for it.
 
     `auto` and `cuda` mean the GPU number `local_rank`, which is this process's number among those of its machine;
     a list of numbers, "2,3", the one at that place in it.
@@ -37,6 +38,8 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         raise UserError(f"device is {name!r}, must be auto, cpu, cuda or cuda:1")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device is {name!r}, and torch sees {torch.cuda.device_count()} GPUs; try --device cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
 
 

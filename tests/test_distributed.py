@@ -13,9 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch._subclasses import FakeTensorMode
 
 from meloformer.data import Corpus, RowPlan, batches, steps_in
 from meloformer.training import checkpoint, distributed, loop
+from meloformer.training.distributed import Ranks
 from tests.conftest import ROOT
 from tests.training.processes import Run, records
 from tests.training.small import small_config, write_corpus
@@ -124,6 +127,19 @@ def tell_messages(rank: int) -> None:
         return real(tensor, *arguments, **options)
 
     torch.distributed.all_reduce = all_reduce
+
+
+def test_a_models_weights_leave_its_gpu_before_they_are_sent(monkeypatch):
+    """The main rank would have sent them by NCCL, and the others, whose tensors are on the CPU, waited for gloo: a run
+    on several GPUs would have hung before its first step."""
+    sent = []
+    monkeypatch.setattr(dist, "broadcast", lambda tensor, source: sent.append(tensor.device.type))
+    monkeypatch.setattr(dist, "all_reduce", lambda *_: None)
+    with FakeTensorMode():  # a GPU's tensors without a GPU
+        weights = {"weight": torch.empty(3, 2, device="cuda")}
+    got = Ranks(rank=0, world_size=2).broadcast_tensors(weights)
+    assert sent and set(sent) == {"cpu"}
+    assert got["weight"].device.type == "cpu"
 
 
 def test_gradients_are_sent_once_a_step(make_config):

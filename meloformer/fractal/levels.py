@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from meloformer.fractal.velocity import CLASSES
+from meloformer.model.attention import kernels
 from meloformer.model.layers import FeedForward, RMSNorm, rotate
 from meloformer.model.linear import Linear
 
@@ -54,7 +55,8 @@ class Block(nn.Module):
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         if cache is not None:
             k, v = cache.append(k, v)
-        attended = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
+        with kernels(q.device):  # problems come in another number every time
+            attended = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
         x = x + self._drop(self.out(attended.transpose(1, 2).flatten(2)))
         return x + self._drop(self.feed_forward(x))
 

@@ -19,10 +19,13 @@ an error after a few, never a silent fall back to all pairs.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from meloformer.errors import UserError
@@ -42,10 +45,20 @@ HIDDEN = -1e9  # added to what is not seen; finite, because a query that sees no
 # what does not divide our blocks, kernel options or not: nothing is left, and training fails. Told to time several, it
 # has some that fit. The forward pass keeps the tile it is given; matrix products around it are not timed.
 CUDA_OPTIONS = {"max_autotune": True, "max_autotune_gemm_backends": "ATEN"}
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _compiled_flex = {
     kind: torch.compile(flex_attention, fullgraph=True, dynamic=False, options=options)
     for kind, options in (("cuda", CUDA_OPTIONS), ("cpu", None))
 }
+
+
+def kernels(device: torch.device) -> AbstractContextManager:
+    """What may compute `scaled_dot_product_attention` inside this context: on a GPU any kernel but cuDNN's.
+
+    From torch 2.11 on that is the first choice for bfloat16 on Hopper and Blackwell. Its backward pass under a mask
+    gives NaN at some lengths (pytorch issue 196678), and each new shape costs it a plan, up to a second.
+    """
+    return sdpa_kernel(KERNELS) if device.type == "cuda" else nullcontext()
 
 
 class Visibility:
@@ -60,7 +73,8 @@ class Visibility:
         first = self.blind.shape[1] - q.shape[1]
         bias, blind = self.bias[:, None, first:], self.blind[:, first:, None, None]
         q, k, v = (x.to(bias.dtype).transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        with kernels(q.device):
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return out.transpose(1, 2).masked_fill(blind, 0.0)
 
 

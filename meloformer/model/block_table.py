@@ -358,5 +358,6 @@ def _chosen_first(matrix: Tensor) -> tuple[Tensor, Tensor]:
     upto = matrix.cumsum(-1)
     column = torch.arange(matrix.shape[-1], device=matrix.device)
     place = torch.where(matrix, upto - 1, number + column - upto)
-    indices = torch.empty_like(place, dtype=torch.int32)
+    # The kernels read a row of indices as neighbours in memory, whatever its strides say; `matrix` may be transposed.
+    indices = torch.empty(place.shape, dtype=torch.int32, device=place.device)
     return number.squeeze(-1).int(), indices.scatter_(-1, place, column.int().expand_as(place))

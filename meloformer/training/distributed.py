@@ -117,13 +117,16 @@ class Ranks:
         return [self.broadcast(value, source) for source in range(self.world_size)]
 
     def broadcast_tensors(self, tensors: dict[str, Tensor] | None) -> dict[str, Tensor]:
-        """The main rank's tensors, on the CPU: a resumed run needs its checkpoint on one machine only."""
+        """The main rank's tensors, on the CPU: a resumed run needs its checkpoint on one machine only.
+
+        They may be on a GPU there. Sent from it they would go through NCCL while the others wait for gloo, for ever.
+        """
         if self.world_size == 1:
             return tensors
         names = {name: (list(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in (tensors or {}).items()}
         got = {}
         for name, (shape, dtype) in self.broadcast(names).items():
-            got[name] = tensors[name] if self.is_main else torch.empty(shape, dtype=getattr(torch, dtype))
+            got[name] = tensors[name].cpu() if self.is_main else torch.empty(shape, dtype=getattr(torch, dtype))
             _talk(dist.broadcast, got[name], 0)
         return got
 
@@ -193,8 +196,6 @@ def joined(device_name: str) -> Iterator[Ranks]:
         if device_name.startswith("cuda:"):
             raise UserError(f"device is {device_name!r}, and there are {world_size} processes; say cuda, one GPU each")
         device = choose_device(device_name, int(os.environ.get("LOCAL_RANK", rank)))
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
         ranks = Ranks(rank, world_size, device)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
 
 from meloformer.command_line import load
@@ -177,3 +178,14 @@ def test_devices_are_gpus_by_number():
         choose_device("0,1", local_rank=2)
     with pytest.raises(UserError, match=r"'cuda:7', and torch sees \d+ GPUs"):
         choose_device("6,7", local_rank=1)
+
+
+def test_the_gpu_that_is_asked_for_becomes_the_current_one(monkeypatch):
+    """A graph is captured on the current GPU: with --device cuda:1 it would have held nothing, and writing gone on for
+    ever."""
+    current = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    choose_device("cpu")
+    devices = [choose_device("cuda:1"), choose_device("cuda", local_rank=1), choose_device("1")]
+    assert current == devices == [torch.device("cuda:1")] * 3

@@ -5,6 +5,8 @@ All compiled tests share one shape, for a compilation takes many seconds on a CP
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,8 @@ from torch._dynamo.utils import counters
 
 from meloformer.config import ModelConfig
 from meloformer.errors import UserError
+from meloformer.fractal import levels
+from meloformer.model import attention
 from meloformer.model.attention import BLOCK_SIZE, CUDA_OPTIONS
 from tests.hid.streams import random_stream
 from tests.model.music import another_tail, batch_of, rich_stream, tiny_model, with_deferred_bars
@@ -150,6 +154,20 @@ def test_a_backward_kernel_is_left_for_our_blocks(capability, monkeypatch):
             tiles = heuristics.CUDAConfigHeuristic().get_flex_attn_bwd_configs(64, torch.bfloat16)
         sides = [((t.block_m1, t.block_m2), (t.block_n1, t.block_n2)) for t in tiles]
         assert any(not any(queries % m for m in of_q) and not any(keys % n for n in of_k) for of_q, of_k in sides)
+
+
+def test_cudnn_is_left_out_on_a_gpu(monkeypatch):
+    """torch's first choice for bfloat16 on an H100 or H200: wrong there at some lengths, and slow at every new one."""
+    of, asked = torch.backends.cuda, []
+    with attention.kernels(torch.device("cuda")):
+        assert (of.cudnn_sdp_enabled(), of.mem_efficient_sdp_enabled(), of.math_sdp_enabled()) == (False, True, True)
+    assert of.cudnn_sdp_enabled()  # elsewhere as before
+    for module in (attention, levels):
+        monkeypatch.setattr(module, "kernels", lambda device: asked.append(device.type) or nullcontext())
+    q = torch.ones(1, 192, 2, 64)
+    attention.attend(q, q, q, attention.Visibility(torch.ones(1, 192, 192, dtype=torch.bool), q.dtype))
+    levels.Block(16, 2, 32, 0.0)(torch.ones(1, 3, 16), None, False)
+    assert asked == ["cpu", "cpu"]
 
 
 @CUDA

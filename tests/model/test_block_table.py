@@ -59,6 +59,9 @@ def assert_equal_tables(rule, batch, block_size, order="kinds"):
         expected = create_block_mask(mask_mod, rows, None, length, length, device="cpu", BLOCK_SIZE=block_size)
         for name, table in tables_of(expected).items():
             assert torch.equal(getattr(ours, name), table), name
+            # The backward kernel reads a row of q_indices as neighbours in memory: these lay transposed, and the
+            # gradients of keys and values would have come out of other blocks, without a word.
+            assert getattr(ours, name).stride() == table.stride(), name
     return ours
 
 
