@@ -130,10 +130,10 @@ def _next_parts(task: Task, notes: np.ndarray, missing: list[tuple[int, int]]) -
 
 def _next_cells(task: Task, notes: np.ndarray, missing: list[tuple[int, int]]) -> tuple[Task, np.ndarray]:
     """The task of the next window of cells, and the notes that stay: those of cells that are written."""
-    prompt = task.prompt
-    notes = notes[[cell not in missing for cell in prompt.cells_of(notes)]]
-    heard = prompt.with_music(prompt.derived, notes, gone=task.replaced.difference(missing))
-    return rewriting(heard, frozenset(missing), task.max_length, marks(task.steering)), notes
+    prompt, cells = task.prompt, frozenset(missing)
+    notes = notes[[cell not in cells for cell in prompt.cells_of(notes)]]
+    heard = prompt.with_music(prompt.derived, notes, gone=task.replaced.difference(cells))
+    return rewriting(heard, cells, task.max_length, marks(task.steering)), notes
 
 
 def _places(prompt: Prompt, instruments: Sequence[int]) -> range:

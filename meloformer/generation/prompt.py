@@ -136,16 +136,16 @@ class Prompt:
         A BAR or FILL each, and ROOM times the notes of the cells, or of as many cells of the piece, whichever is more.
         """
         notes = self.score.notes
-        onsets = notes[np.unique(notes[["track", "onset"]], return_index=True)[1]]
-        written = max(self.given_bars, int(self._bars_of(notes).max()) + 1)
-        average = (3 * len(notes) + len(onsets)) / (len(np.unique(notes["track"])) * written)
+        bars = self._bars_of(notes)
+        size = np.full(len(notes), 3)  # P L V, and T for the first of an onset
+        size[np.unique(notes[["track", "onset"]], return_index=True)[1]] += 1
+        written = max(self.given_bars, int(bars.max()) + 1)
+        average = int(size.sum()) / (len(np.unique(notes["track"])) * written)
         chosen = np.zeros((len(self.score.tracks), self.num_bars), dtype=bool)
         for track, bar in cells:
             if bar < self.num_bars:
                 chosen[track, bar] = True
-        own = sum(
-            weight * int(chosen[rows["track"], self._bars_of(rows)].sum()) for weight, rows in ((3, notes), (1, onsets))
-        )
+        own = int(size[chosen[notes["track"], bars]].sum())
         return len(cells) + others + math.ceil(ROOM * (max(own, average * len(cells)) + average * others))
 
     def parts(self) -> list[Part]:

@@ -87,7 +87,8 @@ class Task:
     @property
     def beyond(self) -> list[tuple[int, int]]:
         """What of `to_write` is not in the window."""
-        return [cell for cell in self.to_write if cell in self.later or cell[1] >= self.last_bar]
+        later = set(self.later)
+        return [cell for cell in self.to_write if cell in later or cell[1] >= self.last_bar]
 
     @property
     def cells(self) -> int:
@@ -120,7 +121,8 @@ class Task:
         if not state.hit_limit:  # another limit than the task's
             return beyond
         track, bar, written = state.state.track, max(state.state.bar, 0), state.state.fills > 0
-        cells = [cell for cell in self.to_write if cell not in beyond]
+        behind = set(beyond)
+        cells = [cell for cell in self.to_write if cell not in behind]
         if written or track >= len(self.tracks):
             number = self.tracks[track] if track < len(self.tracks) else track - len(self.tracks) + self._first_part
             cells = cells[cells.index((number, bar + self.first_bar)) :]

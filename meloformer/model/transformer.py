@@ -328,8 +328,7 @@ class MeloFormer(nn.Module):
     def logits(self, tokens: np.ndarray) -> Tensor:
         """Logits (T, V) of one plain stream, a valid one or a prefix of one."""
         tokens = np.asarray(tokens)
-        bars = int(np.isin(tokens, (self.vocabulary.BAR, self.vocabulary.FILL)).sum())
-        row = make_row([tokens], self.vocabulary, len(tokens), bars)
+        row = make_row([tokens], self.vocabulary)
         # Dense: a stream has any length, and `flex` would compile a graph for each.
         return self(self.prepare(stack_rows([row]), "fused" if self.backend() == "fused" else "dense"))[0]
 
