@@ -62,7 +62,9 @@ def test_killed_ten_times_at_random_moments(midi, whole, tmp_path):
     rng = random.Random(0)
 
     def entries() -> int:
-        return len(list((output / JOURNAL).glob("entry-*.safetensors")))
+        with suppress(FileNotFoundError):  # a run that ends clears its journal away while it is being counted
+            return sum(re.fullmatch(r"entry-.*\.safetensors", name) is not None for name in os.listdir(output / JOURNAL))
+        return 0
 
     kills, begun_at = 0, []
     while kills < 10:
