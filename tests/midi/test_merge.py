@@ -195,7 +195,7 @@ def test_damage_is_one_line(tmp_path):
 def test_real_files_keep_every_event(real_midi, tmp_path):
     """Notes at random places, some old ones gone: all the rest is there, and reads as before."""
     rng, checked, out = np.random.default_rng(0), 0, tmp_path / "out.mid"
-    for path in readable_sample(real_midi, share=0.04):
+    for path in readable_sample(real_midi, share=0.02):
         try:
             source = MidiSource(path)
             before = timed_events(path)
@@ -223,7 +223,7 @@ def test_real_files_keep_every_event(real_midi, tmp_path):
         assert {(n[0], *n[2:]) for n in found - kept} <= {(row[1], *row[3:]) for row in rows}, path
         assert len(back.notes) == is_kept.sum() + 20 - counts["held_dropped"] - counts["duplicate_dropped"]
         checked += 1
-    assert checked > 30
+    assert checked > 15
 
 
 def test_a_long_name_is_cut_between_characters(tmp_path):
