@@ -32,10 +32,9 @@ import torch
 from torch import Tensor
 
 from meloformer.errors import UserError
-from meloformer.hid.vocabulary import Family
+from meloformer.hid.vocabulary import ENDS_CELL, Family
 
-CLOSERS = (Family.BAR, Family.INSTRUMENT, Family.FILL, Family.EOS)  # each ends the bar that is being written
-_CLOSES = np.isin(np.arange(len(Family)), CLOSERS)
+_CLOSES = np.isin(np.arange(len(Family)), ENDS_CELL)
 
 
 @dataclass(frozen=True)
@@ -165,8 +164,8 @@ def choose_batch(
 
 def _close_alike(scores: Tensor, logits: Tensor, family_of: Tensor) -> Tensor:
     """What ends a bar gets the share of all that does, for (B, V) scores, -inf where a token is not allowed."""
-    closes = family_of == CLOSERS[0]
-    for family in CLOSERS[1:]:
+    closes = family_of == ENDS_CELL[0]
+    for family in ENDS_CELL[1:]:
         closes = closes | (family_of == family)
     whole = logits.double().masked_fill(~(closes & logits.isfinite()), -torch.inf).logsumexp(dim=1, keepdim=True)
     left = scores.masked_fill(~closes, -torch.inf).logsumexp(dim=1, keepdim=True)

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 from meloformer.errors import UserError
-from meloformer.hid.vocabulary import BAR_CONTROLS, STREAM_CONTROLS, TRACK_CONTROLS, Family, Vocabulary
+from meloformer.hid.vocabulary import BAR_CONTROLS, ENDS_CELL, STREAM_CONTROLS, TRACK_CONTROLS, Family, Vocabulary
 
 _FIRST_CONTROL = Family.PIECE_BEGIN
 
@@ -268,7 +268,7 @@ class StreamState:
         elif family == Family.TEMPO:
             self.tempo = token
 
-        if family in (Family.BAR, Family.FILL, Family.INSTRUMENT, Family.EOS, Family.MASK):
+        if family in ENDS_CELL or family == Family.MASK:
             self._last_time = self._last_pitch = -1
             self.open_segment = -1
             self._opener = self.position

@@ -74,6 +74,11 @@ class Family(IntEnum):
     RESERVED = 23
 
 
+# A cell is a bar of one instrument: what begins one, and what ends the one before.
+OPENS_CELL = (Family.BAR, Family.FILL)
+ENDS_CELL = (*OPENS_CELL, Family.INSTRUMENT, Family.EOS)
+
+
 # Which controls may stand where. At each place they come in the order of `Family`, at most one of a family.
 STREAM_CONTROLS = (
     Family.PIECE_BEGIN,

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from meloformer.hid import Annotations, Family
+from meloformer.hid import ENDS_CELL, OPENS_CELL, Annotations, Family
 from meloformer.model.attention import Visibility, attend
 from meloformer.model.decoding_layers import DecodingLayers
 from meloformer.model.masks import NUM_KINDS, SUMMARY, Fields, joint_fields, kinds, row_mask
@@ -42,10 +42,6 @@ from meloformer.model.visible_keys import History, VisibleKeys, bytes_of
 PREFILL_CHUNK = 1024  # tokens of a prompt that are read at once
 # Streams that branched off a prompt, and slots of it, from which on it is read once for all of them.
 SHARED_BY, SHARED_FROM = 4, 128
-
-_CLOSING = frozenset((Family.BAR, Family.FILL, Family.INSTRUMENT, Family.EOS))
-_OPENING = frozenset((Family.BAR, Family.FILL))
-
 
 _POSITION, _KIND, _ONSET = (Fields._fields.index(name) for name in ("position", "kind", "onset"))
 
@@ -89,8 +85,8 @@ class Stream:
 
     def follow(self, type: int, track: int, cell: tuple[int, ...]) -> None:
         """Keep track of the bar or fill that is being written, past a token that would open `cell`."""
-        if type in _CLOSING:
-            self.cell = cell if type in _OPENING and track >= 0 else None
+        if type in ENDS_CELL:
+            self.cell = cell if type in OPENS_CELL and track >= 0 else None
             self.sounding = False
         elif type == Family.TIME and track >= 0:
             self.sounding = True
@@ -134,7 +130,7 @@ class DecodingSession:
         for n, row in enumerate(rows.tolist()):
             stream = self.streams[row]
             bar, track, instrument, ordinal, type, onset, _, time = (int(values[n]) for values in a)
-            if self.rule.summaries and stream.sounding and type in _CLOSING:
+            if self.rule.summaries and stream.sounding and type in ENDS_CELL:
                 start, its_bar, its_instrument, its_ordinal, its_time, _ = stream.cell
                 slot = stream.take((0, start, stream.length - 1, its_bar, its_instrument, SUMMARY, -1))
                 summaries.append((stream, slot, SUMMARY, start, its_instrument, its_ordinal, its_time))

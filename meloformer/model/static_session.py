@@ -15,12 +15,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from meloformer.hid import Family
+from meloformer.hid import ENDS_CELL, OPENS_CELL, Family
 from meloformer.model.attention import Visibility, attend
 from meloformer.model.cache import DecodingSession
 from meloformer.model.masks import SUMMARY, Fields, kinds
 
-_CLOSING = (Family.BAR, Family.FILL, Family.INSTRUMENT, Family.EOS)
 _CHANGING = ("used", "length", "cell", "sounding", "has_overflowed")
 
 
@@ -50,7 +49,7 @@ class StaticSession:
     def step(self, tokens: Tensor, annotations: Tensor, active: Tensor) -> Tensor:
         """Append one token to every active stream; logits (B, V) of what follows. Nothing is read back."""
         bar, track, instrument, ordinal, type, onset, _, time = annotations
-        is_closing = self._any_of(type, _CLOSING) & active
+        is_closing = self._any_of(type, ENDS_CELL) & active
         closing = is_closing & self.sounding if self.rule.summaries else torch.zeros_like(active)
         start, its_bar, its_instrument, its_ordinal, its_time = self.cell
         here, none = self.length, torch.full_like(bar, -1)
@@ -86,7 +85,7 @@ class StaticSession:
         position, ticks = torch.cat([start, here]), torch.cat([its_time, time])
         hidden = self.layers(x, count, position, ticks, attend_cached)
 
-        opens = self._any_of(type, (Family.BAR, Family.FILL)) & is_closing & (track >= 0)
+        opens = self._any_of(type, OPENS_CELL) & is_closing & (track >= 0)
         cell = torch.stack([here, bar, instrument, ordinal, time])
         self.cell.copy_(torch.where(opens, cell, torch.where(is_closing, -1, self.cell)))
         self.sounding.copy_((self.sounding & ~is_closing) | (active & (type == Family.TIME) & (track >= 0)))

@@ -63,7 +63,7 @@ def test_killed_ten_times_at_random_moments(midi, whole, tmp_path):
 
     def entries() -> int:
         with suppress(FileNotFoundError):  # a run that ends clears its journal away while it is being counted
-            return sum(re.fullmatch(r"entry-.*\.safetensors", name) is not None for name in os.listdir(output / JOURNAL))
+            return sum(re.fullmatch(r"entry-\d+\.safetensors", n) is not None for n in os.listdir(output / JOURNAL))
         return 0
 
     kills, begun_at = 0, []
