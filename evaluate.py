@@ -3,22 +3,14 @@ or generated music beside real music: python evaluate.py --generated out/ --refe
 
 from meloformer.command_line import load
 from meloformer.errors import exit_cleanly
-from meloformer.families import family_of_command_line
+from meloformer.families import command_of, config_class, family_of_command_line
 
 
 def main() -> None:
-    # The commands are imported here: torch takes seconds, and --help or a mistyped flag should answer at once.
-    if family_of_command_line() == "fractal":
-        from meloformer.fractal.config import FractalEvaluateConfig
-
-        config = load(FractalEvaluateConfig, description=__doc__)
-        from meloformer.fractal.evaluate import run
-    else:
-        from meloformer.command_config import EvaluateConfig
-
-        config = load(EvaluateConfig, description=__doc__)
-        from meloformer.evaluation.command import run
-    run(config)
+    family = family_of_command_line()
+    config = load(config_class(family, "evaluate"), description=__doc__)
+    # Looked up only now: torch takes seconds, and --help or a mistyped flag should answer at once.
+    command_of(family, "evaluate")(config)
 
 
 if __name__ == "__main__":

@@ -2,22 +2,14 @@
 
 from meloformer.command_line import load
 from meloformer.errors import exit_cleanly
-from meloformer.families import family_of_command_line
+from meloformer.families import command_of, config_class, family_of_command_line
 
 
 def main() -> None:
-    # The commands are imported here: torch takes seconds, and --help or a mistyped flag should answer at once.
-    if family_of_command_line() == "fractal":
-        from meloformer.fractal.request import FractalGenerateConfig
-
-        config = load(FractalGenerateConfig, description=__doc__)
-        from meloformer.fractal.command import run
-    else:
-        from meloformer.command_config import GenerateConfig
-
-        config = load(GenerateConfig, description=__doc__)
-        from meloformer.generation.command import run
-    run(config)
+    family = family_of_command_line()
+    config = load(config_class(family, "generate"), description=__doc__)
+    # Looked up only now: torch takes seconds, and --help or a mistyped flag should answer at once.
+    command_of(family, "generate")(config)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from meloformer.families import config_class, family_of_command_line
 
 
 def main() -> None:
-    config = load(config_class(family_of_command_line()), description=__doc__)
+    config = load(config_class(family_of_command_line(), "train"), description=__doc__)
     # Imported here: torch takes seconds, and --help or a mistyped flag should answer at once.
     from meloformer.training.loop import train
 

@@ -7,8 +7,8 @@ FractalMIDI). A third takes four parts, and tests/training/test_family.py is one
   `training`, a loop_config.LoopConfig, and of the model `dropout` alone;
 - a model: a torch.nn.Module with what `ModelFamily.build` lists;
 - a plan of rows, with what `ModelFamily.plan` lists;
-- a `ModelFamily` that brings them together, and a line in meloformer.families.FAMILIES, by which train.py finds config
-  and family. generate.py and evaluate.py name the families they can open, and get a branch each.
+- a `ModelFamily` that brings them together, and an entry in meloformer.families.FAMILIES, by which train.py finds
+  config and family; generate.py and evaluate.py find theirs in it too, where the family has them.
 
     family = open_family(config)
     plan = family.open_data(epoch)                  # rows, for meloformer.data.loader.batches; family.data_hash

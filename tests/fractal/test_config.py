@@ -160,11 +160,11 @@ def test_the_family_is_said_by_flag_or_yaml_or_checkpoint(tmp_path):
     assert family_of_command_line([*nowhere, "--help"]) == "meloformer"
     with pytest.raises(UserError, match="--family is 'fractals', must be one of meloformer, fractal"):
         family_of_command_line(["--family", "fractals"])
-    assert {name: config_class(name) for name in FAMILIES} == {"meloformer": Config, "fractal": FractalConfig}
+    assert {name: config_class(name, "train") for name in FAMILIES} == {"meloformer": Config, "fractal": FractalConfig}
 
 
 def test_choosing_a_family_needs_no_torch():
-    code = "import sys, meloformer.families as f; f.config_class('fractal'); sys.exit('torch' in sys.modules)"
+    code = "import sys, meloformer.families as f; f.config_class('fractal', 'train'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
 
 

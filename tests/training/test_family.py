@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+import runpy
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from meloformer.errors import UserError
 from meloformer.evaluation.likelihood import split_batches
-from meloformer.families import FAMILIES
+from meloformer.families import FAMILIES, FamilyParts, command_of, config_class, family_of_command_line
 from meloformer.loop_config import LoopConfig
 from meloformer.settings import Settings, option
 from meloformer.training.family import ModelFamily, Preview
 from meloformer.training.loop import train
+from tests.conftest import ROOT
 
 
 @dataclass(kw_only=True)
@@ -157,7 +162,7 @@ def coin_config(folder: Path, **training) -> CoinConfig:
 
 
 def test_a_family_of_its_own_trains_saves_and_resumes(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(FAMILIES, "coin", (__name__, "CoinConfig", __name__, "Coins"))
+    monkeypatch.setitem(FAMILIES, "coin", FamilyParts(train=(f"{__name__}:CoinConfig", f"{__name__}:Coins")))
     assert train(coin_config(tmp_path / "whole", max_steps=40)) == 0
     assert "best validation" in capsys.readouterr().out
     whole = load_file(tmp_path / "whole" / "checkpoints" / "step_00000040" / "model.safetensors")["logit"]
@@ -171,3 +176,30 @@ def test_a_family_of_its_own_trains_saves_and_resumes(tmp_path, monkeypatch, cap
     assert train(coin_config(tmp_path / "tuned", max_steps=1, init_from=start, learning_rate=1e-9, min_lr=0)) == 0
     tuned = load_file(tmp_path / "tuned" / "checkpoints" / "step_00000001" / "model.safetensors")["logit"]
     torch.testing.assert_close(tuned, whole)
+
+
+@dataclass(kw_only=True)
+class TossConfig(Settings):
+    family: Literal["coin"] = option("coin")
+    checkpoint: str = option("", "a coin")
+
+
+def toss(config: TossConfig) -> None:
+    print(f"tossed {config.checkpoint}")
+
+
+def test_generate_and_evaluate_find_it_too(tmp_path, monkeypatch, capsys):
+    here = FamilyParts(
+        train=(f"{__name__}:CoinConfig", f"{__name__}:Coins"), generate=(f"{__name__}:TossConfig", f"{__name__}:toss")
+    )
+    (tmp_path / "config.json").write_text('{"family": "coin"}')
+    words = ["generate.py", "--checkpoint", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(UserError, match="a model of the family 'coin'; there are meloformer, fractal"):
+        family_of_command_line()
+    monkeypatch.setitem(FAMILIES, "coin", here)
+    runpy.run_path(str(ROOT / "generate.py"))["main"]()
+    assert capsys.readouterr().out == f"tossed {tmp_path}\n"
+    with pytest.raises(UserError, match=r"evaluate.py: the family coin has no such command"):
+        runpy.run_path(str(ROOT / "evaluate.py"))["main"]()
+    assert config_class("coin", "generate") is TossConfig and command_of("coin", "generate") is toss
