@@ -27,8 +27,8 @@ from meloformer.fractal.pictures import can_draw, require_pictures, write_gif, w
 from meloformer.fractal.request import FractalGenerateConfig
 from meloformer.fractal.roll import COLUMNS_PER_BAR, NUM_PITCHES, onsets, read_roll, write_roll
 from meloformer.fractal.sampling import DEFAULT_ROUNDS, sample
+from meloformer.generated import earlier_runs, refuse_taken, write_report
 from meloformer.midi import Score
-from meloformer.report import earlier_runs, refuse_taken, write_report
 from meloformer.wording import counted
 
 MAX_FRAMES = 100  # of a GIF: 20 seconds

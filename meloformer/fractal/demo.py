@@ -14,7 +14,7 @@ from pathlib import Path
 
 from meloformer.demo import print_page, this_python
 from meloformer.errors import UserError, exit_cleanly
-from meloformer.report import REPORT, earlier_runs
+from meloformer.generated import REPORT, earlier_runs
 
 MODEL, UNIGRAM = "nats_per_cell", "unigram_nats_per_cell"
 

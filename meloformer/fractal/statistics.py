@@ -25,8 +25,8 @@ from meloformer.errors import UserError, exit_cleanly
 from meloformer.files import write_atomic
 from meloformer.fractal.dataset import read_list
 from meloformer.fractal.roll import COLUMNS_PER_BAR, onsets, read_roll
+from meloformer.generated import REPORT, earlier_runs
 from meloformer.midi import MidiError
-from meloformer.report import REPORT, earlier_runs
 
 MEASURES = {
     "sounding": "share of cells that sound",

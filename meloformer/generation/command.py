@@ -31,6 +31,7 @@ from meloformer.device import choose_device
 from meloformer.errors import UserError
 from meloformer.evaluation.plots import piano_roll, require_matplotlib
 from meloformer.files import new_folder
+from meloformer.generated import earlier_runs, refuse_taken, write_report
 from meloformer.generation.cells import find_bars, find_cells, in_words, parse_bars, parse_rewrite
 from meloformer.generation.chosen import chosen_words
 from meloformer.generation.engine import Sample, begin, generate
@@ -47,7 +48,6 @@ from meloformer.midi import write_midi
 from meloformer.midi.general_midi import instrument_name, parse_instrument
 from meloformer.midi.merge import MidiSource
 from meloformer.model import MeloFormer
-from meloformer.report import earlier_runs, refuse_taken, write_report
 from meloformer.settings import expand_home
 from meloformer.wording import counted
 

@@ -15,6 +15,7 @@ from miditoolkit import MidiFile
 
 from meloformer.command_config import GenerateConfig
 from meloformer.errors import UserError
+from meloformer.generated import earlier_runs
 from meloformer.generation import Request, Sampling, generate
 from meloformer.generation.command import _names, read_request, run
 from meloformer.generation.request import ConstrainedState
@@ -23,7 +24,6 @@ from meloformer.generation.sound import Synthesizer
 from meloformer.hid import Tokenizer
 from meloformer.midi import Score, Track, note_table, read_score, write_midi
 from meloformer.midi.chunks import split
-from meloformer.report import earlier_runs
 from meloformer.wording import counted
 from tests.generation.likeliest import decided, likeliest
 from tests.hid.streams import VOCABULARY
