@@ -8,6 +8,8 @@ In: the file, and notes in its own ticks whose `track` counts the tracks of `sou
 Out: a file with every event of the first one, byte for byte and on its tick (names, channels, controllers, bends,
 tempos), without the notes of `removed`, and with the new ones; and counts of what the rules below did.
 
+- An event that the standard does not define, such as a key of mode 255, is left out, for it makes strict readers refuse
+  the file: `broken_events`. A data byte above 127 becomes 127, as which all read it: `repaired_events`.
 - A new note of an existing track goes into that track of the file, on its channel. Where the program in force there is
   another one (the track changes its sound), it goes to a track of its own: `own_channel` tracks.
 - A new instrument, and a track of its own, get a channel that the file does not use. Where all are taken it joins the
@@ -18,7 +20,7 @@ tempos), without the notes of `removed`, and with the new ones; and counts of wh
   (`duplicate_dropped`). So readers pair the kept notes as before.
 - A note-on that the file never ends would take the end of any later note of its pitch, and a note-off without a note
   would cut a new note short. A new note that meets one goes to a track of its own: `unpaired_avoided` notes.
-- What the file has beside the tracks that it states is not copied: `skipped_chunks`, `leftover_tracks`.
+- What the file has beside the tracks that it states is not copied either: `skipped_chunks`, `leftover_tracks`.
 
 As many new notes are written as were given, less `held_dropped` and `duplicate_dropped`, and readers find all of them.
 
@@ -41,6 +43,7 @@ from meloformer.files import write_atomic
 from meloformer.midi.chunks import RESAVE, events, header, shared_programs, split, track_chunk
 from meloformer.midi.general_midi import instrument_name
 from meloformer.midi.read import read_score
+from meloformer.midi.repair import repaired
 from meloformer.midi.score import DRUMS, MidiError, note_table
 from meloformer.midi.write import DRUM_CHANNEL, MELODIC_CHANNELS, family_distance, resolve_overlaps
 
@@ -95,7 +98,7 @@ class Part(NamedTuple):
 
 class MidiSource:
     """A file taken apart: `score` as `read_score` has it, where each of its notes stands in the file, and counts of
-    what it has beside its tracks: `not_copied`.
+    what is not copied as it is: `not_copied`.
 
     MidiError where it cannot be read, or is so damaged that its events cannot be told apart.
     """
@@ -105,7 +108,7 @@ class MidiSource:
         self.kind, self.ticks_per_quarter, chunks, self.not_copied = split(path)
         programs = shared_programs(chunks)
         try:
-            self.tracks = [_read_track(chunk, programs) for chunk in chunks]
+            self.tracks = [_read_track(chunk, programs, self.not_copied) for chunk in chunks]
         except MidiError as error:
             raise MidiError(f"{path}: {error}") from None
         self.parts = [
@@ -126,9 +129,13 @@ class MidiSource:
 
     @property
     def loss(self) -> str:
-        """`not_copied` in words, empty where all is."""
-        kinds = {"skipped_chunks": "chunks that are no tracks", "leftover_tracks": "tracks beyond the stated number"}
-        said = [f"{kinds[name]}: {number}" for name, number in self.not_copied.items()]
+        """What of the file is left out, in words; empty where nothing is."""
+        kinds = {
+            "skipped_chunks": "chunks that are no tracks",
+            "leftover_tracks": "tracks beyond the stated number",
+            "broken_events": "events that MIDI does not define",
+        }
+        said = [f"{words}: {self.not_copied[name]}" for name, words in kinds.items() if self.not_copied[name]]
         return f"not copied are {', '.join(said)}" if said else ""
 
     def places(self, notes: np.ndarray) -> list[tuple[int, int, int, int]]:
@@ -236,15 +243,21 @@ def _new_tracks(
 # --- the file's own tracks ----------------------------------------------------------------------------------------
 
 
-def _read_track(chunk: bytes, shared: dict[int, int]) -> _FileTrack:
+def _read_track(chunk: bytes, shared: dict[int, int], counts: Counter) -> _FileTrack:
     """Events and notes, paired as `read_score` pairs them: a note-off ends the oldest note of its pitch."""
-    listed = list(events(chunk))
+    listed = []
+    for tick, found in events(chunk):
+        event = repaired(found)
+        counts["broken_events"] += event is None
+        counts["repaired_events"] += event not in (None, found)
+        if event is not None:
+            listed.append((tick, event))
     changes: dict[int, tuple[list[int], list[int]]] = {c: ([], [shared.get(c, 0)]) for c in range(16)}
     sounding: dict[tuple[int, int], deque] = defaultdict(deque)
     notes, unpaired = [], defaultdict(list)
     for at, (tick, event) in enumerate(listed):
         kind, channel = event[0] >> 4, event[0] & 15
-        data = [min(byte, 127) for byte in event[1:3]]  # as readers repair them
+        data = event[1:3]
         if kind == NOTE_ON and data[1]:
             sounding[channel, data[0]].append((changes[channel][1][-1], tick, data[1], at))
         elif kind in (NOTE_ON, NOTE_OFF) and sounding[channel, data[0]]:
