@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -126,7 +127,14 @@ def forget(config: Config) -> None:
 
 def differences(one: Config, other: Config) -> list[str]:
     """What two runs do not have in common, in words; empty for equal ones."""
-    found = [kind for kind in ("train", "validation") if records(one, kind) != records(other, kind)]
+    found = []
+    for kind in ("train", "validation"):
+        pairs = zip_longest(records(one, kind), records(other, kind), fillvalue={})
+        unlike = [(a, b) for a, b in pairs if a != b]
+        if unlike:
+            a, b = unlike[0]
+            what = {name: (a.get(name), b.get(name)) for name in sorted(a.keys() | b) if a.get(name) != b.get(name)}
+            found.append(f"{kind}, {len(unlike)} lines, the first at step {a.get('step')} in {what}")
     folders = [checkpoint.find(config.training.output_dir) for config in (one, other)]
     for name in (checkpoint.MODEL, checkpoint.OPTIMIZER):
         a, b = (checkpoint.read_tensors(folder / name) for folder in folders)

@@ -30,12 +30,21 @@ METRICS = "metrics.jsonl"
 
 
 class RunLog:
-    """The places that a record goes to. `step` is the one that the run continues from, `unit` what has a loss, and
-    `tags` TensorBoard's names of numbers where they are others than kind/name."""
+    """The places that a record goes to. `step` is the one that the run continues from, with its validation yet to come
+    where that is due; `unit` is what has a loss, and `tags` are TensorBoard's names of numbers where they are others
+    than kind/name."""
 
-    def __init__(self, run: Path, step: int, max_steps: int, unit: str = "tokens", tags: dict[str, str] | None = None):
+    def __init__(
+        self,
+        run: Path,
+        step: int,
+        max_steps: int,
+        unit: str = "tokens",
+        tags: dict[str, str] | None = None,
+        validation_due: bool = False,
+    ):
         self.unit, self.tags = unit, tags or {}
-        cut_back(run / METRICS, step)
+        cut_back(run / METRICS, step, validation_due)
         self.file = open(run / METRICS, "a", encoding="utf-8")  # noqa: SIM115  (closed in close)
         self.board = open_tensorboard(run, step)
         self.bar = tqdm(
@@ -153,8 +162,8 @@ def open_tensorboard(run: Path, step: int):
     return SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
 
-def cut_back(path: Path, step: int) -> None:
-    """Drop the records after `step`, and a last line that a kill cut short."""
+def cut_back(path: Path, step: int, validation_due: bool = False) -> None:
+    """Drop records after `step`, its own validation too where that is due, and a last line that a kill cut short."""
     if not path.is_file():
         return
     kept = []
@@ -163,7 +172,8 @@ def cut_back(path: Path, step: int) -> None:
             record = json.loads(line)
         except ValueError:
             continue
-        if line.endswith(b"\n") and record["step"] <= step:
+        is_due = validation_due and record["kind"] == "validation" and record["step"] == step
+        if line.endswith(b"\n") and record["step"] <= step and not is_due:
             kept.append(line)
     write_atomic(path, b"".join(kept))
 

@@ -155,9 +155,10 @@ def train_rank(config: Settings, ranks: Ranks, held: ExitStack) -> int:
     parameters = [p for p in model.parameters() if p.requires_grad]
     train_seconds, train_targets = 0.0, 0  # since the last line of the log; validation and saving apart
     steps = endless_steps(family, plan, progress, rows_per_step, ranks)
-    log = (
-        RunLog(folder, progress.step, fixed.max_steps, family.unit, family.board_tags) if ranks.is_main else SilentLog()
-    )
+    log = SilentLog()
+    if ranks.is_main:
+        about = {"unit": family.unit, "tags": family.board_tags, "validation_due": progress.validation_due}
+        log = RunLog(folder, progress.step, fixed.max_steps, **about)
 
     def settle(stopping: int) -> bool:
         """What is due behind a step: validation, a sample, a checkpoint; returns whether patience is at its end.

@@ -16,6 +16,12 @@ def test_cut_back_drops_later_records_and_a_torn_line(tmp_path):
     path.write_text("".join(lines[:2]) + lines[2].rstrip("\n"))  # whole JSON, but the line was not finished
     cut_back(path, 3)
     assert path.read_text() == "".join(lines[:2])
+    validation = json.dumps({"kind": "validation", "step": 3}) + "\n"
+    path.write_text("".join(lines[:3]) + validation)
+    cut_back(path, 3)
+    assert path.read_text() == "".join(lines[:3]) + validation
+    cut_back(path, 3, validation_due=True)
+    assert path.read_text() == "".join(lines[:3])
     cut_back(tmp_path / "absent.jsonl", 3)
     assert not (tmp_path / "absent.jsonl").exists()
 

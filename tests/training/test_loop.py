@@ -151,9 +151,15 @@ def test_a_resumed_run_has_the_losses_of_an_unbroken_one(make_config, monkeypatc
         assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.parametrize("killed", [False, True])
 @pytest.mark.parametrize("stopped", [4, 6])
-def test_a_validation_that_a_stop_forestalled_is_made_up_for(make_config, monkeypatch, capsys, stopped):
-    """SIGTERM in the very step: the checkpoint was saved, the validation was never done, at the last step neither."""
+def test_a_validation_that_a_stop_forestalled_is_made_up_for(make_config, monkeypatch, capsys, stopped, killed):
+    """SIGTERM in the very step: the checkpoint was saved, the validation was never done, at the last step neither.
+    `killed`: once more, between the line of that validation and its checkpoint; then it stood in the log twice."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
     given = {"max_steps": 6, "val_interval": 2, "save_interval": 100}
     straight, broken = make_config("straight", **given), make_config("broken", resume="auto", **given)
     assert train(straight) == 0
@@ -162,6 +168,11 @@ def test_a_validation_that_a_stop_forestalled_is_made_up_for(make_config, monkey
         assert train(broken) == signal.SIGTERM
     assert "SIGTERM: saved at step" in capsys.readouterr().out
     assert [record["step"] for record in records(broken, "validation")] == list(range(2, stopped, 2))
+    if killed:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(checkpoint, "save", interrupt)
+            train(broken)
+        assert records(broken, "validation")[-1]["step"] == stopped
     assert train(broken) == 0
     one, other = ([(r["step"], r["nats_per_note"]) for r in records(c, "validation")] for c in (straight, broken))
     assert one == other and [step for step, _ in one] == [2, 4, 6]
