@@ -174,7 +174,7 @@ def walk(track: bytes) -> Iterator[tuple[int, int, int, int]]:
             delta = track[at]
             at += 1
             if delta >= 0x80:
-                delta, at = _variable_length(track, at - 1)
+                delta, at = variable_length(track, at - 1)
             tick += delta
             status = track[at]
             if status >= 0x80:
@@ -188,7 +188,7 @@ def walk(track: bytes) -> Iterator[tuple[int, int, int, int]]:
                 if status == 0xFF:
                     status = 0xFF00 | track[at]
                     at += 1
-                size, at = _variable_length(track, at)
+                size, at = variable_length(track, at)
             else:
                 return
             if at + size > end:
@@ -223,7 +223,7 @@ def events(track: bytes) -> Iterator[tuple[int, bytes]]:
 def _stumbling_block(track: bytes, at: int) -> str:
     """What the event that begins at `at`, where `walk` stopped, is in words."""
     try:
-        _, at = _variable_length(track, at)
+        _, at = variable_length(track, at)
         status = track[at]
     except IndexError:
         return "a track ends inside an event"
@@ -257,14 +257,14 @@ def is_broken(track: bytes) -> bool:
     if end == len(track):
         return False
     try:
-        _, at = _variable_length(track, end)
+        _, at = variable_length(track, end)
         status = track[at]
     except IndexError:
         return True
     return status < 0xF0 or status in (0xF0, 0xF4, 0xF5, 0xF7, 0xF9, 0xFD, 0xFF)
 
 
-def _variable_length(data: bytes, at: int) -> tuple[int, int]:
+def variable_length(data: bytes, at: int) -> tuple[int, int]:
     """The number of seven bits a byte at `at`, and where it ends."""
     value = 0
     while data[at] & 0x80:

@@ -15,6 +15,8 @@ The surprise: what is longer than stated there is sound, for the standard says t
 
 from __future__ import annotations
 
+from meloformer.midi.chunks import variable_length
+
 _META, _SYSEX, _END_OF_SYSEX = 0xFF, 0xF0, 0xF7
 # Bytes that a meta event of a type has at least: channel prefix, tempo, SMPTE offset, meter, key. Text, ports and what
 # a sequencer keeps for itself may have any number.
@@ -27,9 +29,9 @@ def repaired(event: bytes) -> bytes | None:
     if event[0] < _SYSEX:
         return event if max(event[1:]) < 0x80 else event[:1] + bytes(min(byte, 127) for byte in event[1:])
     if event[0] == _META:
-        return event if _is_sound_meta(event[1], _data(event, 2)) else None
+        return event if _is_sound_meta(event[1], event[variable_length(event, 2)[1] :]) else None
     if event[0] == _SYSEX:
-        data = _data(event, 1)
+        data = event[variable_length(event, 1)[1] :]
         data = data[:-1] if data.endswith(bytes((_END_OF_SYSEX,))) else data
         return event if max(data, default=0) < 0x80 else None
     return event  # an escape, which may hold any bytes
@@ -47,10 +49,3 @@ def _is_sound_meta(kind: int, data: bytes) -> bool:
     if kind == _KEY:
         return (data[0] <= 7 or data[0] >= 256 - 7) and data[1] <= 1
     return True
-
-
-def _data(event: bytes, at: int) -> bytes:
-    """What follows the length that begins at `at`."""
-    while event[at] & 0x80:
-        at += 1
-    return event[at + 1 :]
