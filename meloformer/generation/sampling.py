@@ -33,6 +33,7 @@ from torch import Tensor
 
 from meloformer.errors import UserError
 from meloformer.hid.vocabulary import ENDS_CELL, Family
+from meloformer.model.static_session import any_of
 
 _CLOSES = np.isin(np.arange(len(Family)), ENDS_CELL)
 
@@ -164,9 +165,7 @@ def choose_batch(
 
 def _close_alike(scores: Tensor, logits: Tensor, family_of: Tensor) -> Tensor:
     """What ends a bar gets the share of all that does, for (B, V) scores, -inf where a token is not allowed."""
-    closes = family_of == ENDS_CELL[0]
-    for family in ENDS_CELL[1:]:
-        closes = closes | (family_of == family)
+    closes = any_of(family_of, ENDS_CELL)
     whole = logits.double().masked_fill(~(closes & logits.isfinite()), -torch.inf).logsumexp(dim=1, keepdim=True)
     left = scores.masked_fill(~closes, -torch.inf).logsumexp(dim=1, keepdim=True)
     return torch.where(closes & left.isfinite() & whole.isfinite(), scores + (whole - left), scores)

@@ -12,6 +12,8 @@ The surprise: too narrow a `width` is found out afterwards. Then the steps since
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,14 @@ from meloformer.model.cache import DecodingSession
 from meloformer.model.masks import SUMMARY, Fields, kinds
 
 _CHANGING = ("used", "length", "cell", "sounding", "has_overflowed")
+
+
+def any_of(type: Tensor, families: Iterable[int]) -> Tensor:
+    """bool, of the shape of `type`: whether it is one of these families. Comparisons alone, for graphs to capture."""
+    found = torch.zeros_like(type, dtype=torch.bool)
+    for family in families:
+        found = found | (type == family)
+    return found
 
 
 class StaticSession:
@@ -49,7 +59,7 @@ class StaticSession:
     def step(self, tokens: Tensor, annotations: Tensor, active: Tensor) -> Tensor:
         """Append one token to every active stream; logits (B, V) of what follows. Nothing is read back."""
         bar, track, instrument, ordinal, type, onset, _, time = annotations
-        is_closing = self._any_of(type, ENDS_CELL) & active
+        is_closing = any_of(type, ENDS_CELL) & active
         closing = is_closing & self.sounding if self.rule.summaries else torch.zeros_like(active)
         start, its_bar, its_instrument, its_ordinal, its_time = self.cell
         here, none = self.length, torch.full_like(bar, -1)
@@ -85,19 +95,12 @@ class StaticSession:
         position, ticks = torch.cat([start, here]), torch.cat([its_time, time])
         hidden = self.layers(x, count, position, ticks, attend_cached)
 
-        opens = self._any_of(type, OPENS_CELL) & is_closing & (track >= 0)
+        opens = any_of(type, OPENS_CELL) & is_closing & (track >= 0)
         cell = torch.stack([here, bar, instrument, ordinal, time])
         self.cell.copy_(torch.where(opens, cell, torch.where(is_closing, -1, self.cell)))
         self.sounding.copy_((self.sounding & ~is_closing) | (active & (type == Family.TIME) & (track >= 0)))
         self.length += active
         return self.layers.head(hidden).float()
-
-    @staticmethod
-    def _any_of(type: Tensor, families: tuple) -> Tensor:
-        found = torch.zeros_like(type, dtype=torch.bool)
-        for family in families:
-            found = found | (type == family)
-        return found
 
     def _flat(self, slots: Tensor) -> Tensor:
         """Where slots (B, n) stand in the cache."""
