@@ -247,10 +247,21 @@ def test_a_rank_that_is_killed_is_noticed(make_config, which):
 def test_a_mistake_that_all_make_is_said_once(make_config, tmp_path):
     config = make_config(max_steps=1)
     config.data.data_dir = str(tmp_path / "nowhere")
-    run = Run(config, 2)
+    run = Run(config, 2, slow_to_speak)
+    while run.codes == [None, None]:  # torchrun ends all when one has ended, and this one here had not spoken
+        time.sleep(0.01)
+    assert "nowhere: no such folder" in "".join(run.texts)
     assert run.finish(60) == [2, 2]
     assert "".join(run.texts).count("nowhere: no such folder") == 1
     assert not Path(config.training.output_dir).exists()
+
+
+def slow_to_speak(rank: int) -> None:
+    def slow(*arguments, **options):
+        time.sleep(0.5 * ("file" in options))
+        print(*arguments, **options)
+
+    distributed.print = slow
 
 
 def spoil(rank: int) -> None:
@@ -279,7 +290,8 @@ def test_a_loss_that_is_not_finite_in_one_rank_skips_the_update_of_all(make_conf
 
 def test_torchrun_starts_ctrl_c_stops_and_a_plain_run_goes_on(make_config, tmp_path):
     """Ctrl-C reaches the launcher and both processes; then one process with twice the micro-steps takes over."""
-    config = make_config(max_steps=400, batch_size=1, resume="auto", log_interval=1)
+    max_steps = 100_000  # not at its end when the signal comes, however late that is
+    config = make_config(max_steps=max_steps, batch_size=1, resume="auto", log_interval=1)
     yaml = tmp_path / "config.yaml"
     config.save(yaml)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -303,18 +315,26 @@ def test_torchrun_starts_ctrl_c_stops_and_a_plain_run_goes_on(make_config, tmp_p
     assert "SIGINT: saved at step" in out, error
     assert out.count("parameters") == 1  # one table
     stopped = len(records(config))
-    assert 3 <= stopped < 400
+    assert 3 <= stopped < max_steps
 
     config.training.gradient_accumulation_steps = 4
     succeed(config, 1, functools.partial(in_update, 2, functools.partial(signal.raise_signal, signal.SIGTERM)))
     assert [record["step"] for record in records(config)] == list(range(1, stopped + 3))
 
 
-def test_torchrun_says_a_mistake_once(make_config, tmp_path):
+def test_torchrun_says_a_mistake_once(tmp_path):
+    """Also where the process that speaks is the last to meet it: torchrun ended it when another had ended, in silence."""
+    late = tmp_path / "late.py"
+    late.write_text(
+        "import os, runpy, time\n"
+        "time.sleep(os.environ['LOCAL_RANK'] == '0')\n"
+        f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
+    )
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [*launcher, "train.py", "--data_dir", str(tmp_path), "--batchsize", "2"],
+        [*launcher, str(late), "--data_dir", str(tmp_path), "--batchsize", "2"],
         cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=90,

@@ -22,8 +22,9 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -204,13 +205,13 @@ def joined(device_name: str) -> Iterator[Ranks]:
         dist.destroy_process_group()
     except Exception as error:
         first = _is_first_to_fail(failures)
-        _let_others_notice(failures, rank, world_size)
-        if not first:
-            sys.exit(2)
-        if isinstance(error, UserError):
+        if first and isinstance(error, UserError):
             print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
-            sys.exit(2)
-        raise
+        elif first:
+            traceback.print_exc()
+        _wait_until_said(failures, first)
+        _let_others_notice(failures, rank, world_size)
+        sys.exit(2 if isinstance(error, UserError) else 1)
 
 
 def _let_others_notice(failures: dist.Store, rank: int, world_size: int) -> None:
@@ -224,6 +225,14 @@ def _let_others_notice(failures: dist.Store, rank: int, world_size: int) -> None
     end = time.monotonic() + PATIENCE
     while failures.add("count", 0) < world_size and time.monotonic() < end:
         time.sleep(0.02)
+
+
+def _wait_until_said(failures: dist.Store, first: bool) -> None:
+    """Until the first to fail has spoken, PATIENCE at most: torchrun ends all processes when one has ended."""
+    end = time.monotonic() + PATIENCE
+    with suppress(RuntimeError):  # the store went with the rank that kept it
+        while failures.add("said", int(first)) == 0 and time.monotonic() < end:
+            time.sleep(0.02)
 
 
 def _is_first_to_fail(failures: dist.Store) -> bool:
