@@ -323,7 +323,7 @@ def test_torchrun_starts_ctrl_c_stops_and_a_plain_run_goes_on(make_config, tmp_p
 
 
 def test_torchrun_says_a_mistake_once(tmp_path):
-    """Also where the process that speaks is the last to meet it: torchrun ended it when another had ended, in silence."""
+    """Also where the one that speaks is the last to meet it: torchrun ended it when another had ended, in silence."""
     late = tmp_path / "late.py"
     late.write_text(
         "import os, runpy, time\n"

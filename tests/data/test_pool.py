@@ -48,7 +48,7 @@ class Odd:
         return which
 
 
-def results(tmp_path, tasks, workers=2, timeout=1.0) -> list:
+def results(tmp_path, tasks, workers=2, timeout=60.0) -> list:
     with Pool(Odd, str(tmp_path), workers, timeout, 256) as pool:
         return list(pool.map(iter(tasks)))
 
@@ -65,7 +65,7 @@ def test_what_goes_wrong_costs_one_task_and_is_tried_twice(tmp_path):
     tasks = [f"good {i}" for i in range(60)]
     for i, task in enumerate(wrong):
         tasks.insert(7 + 9 * i, task)
-    found = results(tmp_path, tasks)
+    found = results(tmp_path, tasks, timeout=1.0)
     assert [r for r in found if not isinstance(r, Failure)] == [str(i) for i in range(60)]
     for task, reason in wrong.items():
         assert found[tasks.index(task)].reason == reason

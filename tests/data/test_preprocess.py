@@ -339,6 +339,6 @@ def test_mutated_real_files_are_encoded_or_named(real_midi, tmp_path):
 def test_a_file_that_hangs_costs_that_file_only(tmp_path):
     folder = write_folder(tmp_path / "midi", range(4))
     os.mkfifo(folder / "piece001 hangs.mid")
-    run(folder, tmp_path / "out", workers=2, file_timeout=0.7)
+    run(folder, tmp_path / "out", workers=2, file_timeout=1.5)
     assert rejected(tmp_path / "out") == [("piece001 hangs.mid", "timeout")]
     assert Corpus(tmp_path / "out").num_pieces == 4

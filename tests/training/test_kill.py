@@ -21,6 +21,7 @@ from meloformer.training import checkpoint
 from tests.training.processes import Run
 
 ROOT = Path(__file__).resolve().parents[2]
+NEVER_DONE = 100_000  # steps: however long this process has to wait for a core, that run is not at its end
 
 
 @pytest.mark.parametrize(("processes", "kills"), [(1, 5), (2, 4)])
@@ -74,13 +75,13 @@ def test_a_full_disk_leaves_the_old_checkpoints_whole(make_config):
 
 def test_a_second_process_is_kept_out_of_the_folder(make_config):
     """And let in again once the first one is killed: a lock file that outlives its process would need a human."""
-    config = make_config(max_steps=500, resume="auto")
+    config = make_config(max_steps=NEVER_DONE, resume="auto")
     first = Run(config)
     metrics = Path(config.training.output_dir) / "metrics.jsonl"
     while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
         assert first.codes == [None], first.texts
         time.sleep(0.05)
-    second = make_config(max_steps=500, resume="auto")
+    second = make_config(max_steps=NEVER_DONE, resume="auto")
     run = Run(second)
     assert run.finish() == [2]
     assert "is training there; wait for it, stop it, or give another --output_dir" in run.texts[0]
@@ -95,7 +96,7 @@ def test_a_second_process_is_kept_out_of_the_folder(make_config):
 
 def test_a_run_that_was_stopped_does_not_exit_as_a_finished_one(make_config, tmp_path):
     """`make` took a model of 400 of 1,200 steps for the finished one, and went on with it."""
-    config = make_config(max_steps=500)
+    config = make_config(max_steps=NEVER_DONE)
     config.save(tmp_path / "given.yaml")
     command = [sys.executable, str(ROOT / "train.py"), "--config", str(tmp_path / "given.yaml"), "--device", "cpu"]
     run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
