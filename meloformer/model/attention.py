@@ -19,6 +19,7 @@ an error after a few, never a silent fall back to all pairs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
@@ -33,11 +34,6 @@ from meloformer.model.block_table import BLOCK, KEY_ORDER, block_tables, count_b
 from meloformer.model.masks import AttentionRule, Fields, send
 from meloformer.model.packed import KEY_WORDS, pack, packed_rule
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # before torch 2.10
-    varlen_attn = None
-
 BLOCK_SIZE = (BLOCK, BLOCK)  # queries, keys; docs/log.md: a quarter less is visited than at 128 x 128
 CHUNK = 64  # queries that the gathered backend takes at a time
 HIDDEN = -1e9  # added to what is not seen; finite, because a query that sees nothing must not become NaN
@@ -46,10 +42,16 @@ HIDDEN = -1e9  # added to what is not seen; finite, because a query that sees no
 # has some that fit. The forward pass keeps the tile it is given; matrix products around it are not timed.
 CUDA_OPTIONS = {"max_autotune": True, "max_autotune_gemm_backends": "ATEN"}
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-_compiled_flex = {
-    kind: torch.compile(flex_attention, fullgraph=True, dynamic=False, options=options)
-    for kind, options in (("cuda", CUDA_OPTIONS), ("cpu", None))
-}
+# Made when first wanted, as what a GPU alone has is imported: both bring in the compiler, which takes longer to import
+# than all else together, and most commands never need it.
+_compiled_flex: dict[str, Callable] = {}
+
+
+def _compile_flex(kind: str) -> None:
+    """Put FlexAttention for one kind of device, "cuda" or "cpu", where `BlockVisibility.attend` finds it."""
+    if kind not in _compiled_flex:
+        options = CUDA_OPTIONS if kind == "cuda" else None
+        _compiled_flex[kind] = torch.compile(flex_attention, fullgraph=True, dynamic=False, options=options)
 
 
 def kernels(device: torch.device) -> AbstractContextManager:
@@ -215,6 +217,7 @@ class BlockVisibility:
         # Never the kernel for decoding, which is chosen where queries are few and has tiles of its own.
         tile = {"fwd_BLOCK_M": block_size[0], "fwd_BLOCK_N": block_size[1], "FORCE_USE_FLEX_ATTENTION": True}
         self.kernel_options = tile if torch.device(device).type == "cuda" else None
+        _compile_flex(torch.device(device).type)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if q.device.type == "cpu" and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
@@ -245,18 +248,22 @@ class PieceVisibility:
         self.longest = int(np.diff(self.edges).max())
         self.cumulative = send(np.array(self.edges, dtype=np.int32), device)
         self.blind = send(flat < 0, device)[:, None, None]
+        if self.blind.is_cuda:
+            from torch.nn.attention.varlen import varlen_attn
+
+            self.varlen_attn = varlen_attn
 
     @staticmethod
     def kernel(q: Tensor) -> str:
         """The name of the kernel that `attend` takes for this kind of tensor."""
         half = q.dtype in (torch.float16, torch.bfloat16)
-        return "varlen_attn" if varlen_attn is not None and q.is_cuda and half else "causal sdpa, piece by piece"
+        return "varlen_attn" if q.is_cuda and half else "causal sdpa, piece by piece"
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.to(v.dtype).flatten(0, 1) for x in (q, k, v))  # (B * N, H, D)
         if self.kernel(q) == "varlen_attn":
             ends, longest = self.cumulative, self.longest
-            out = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0))
+            out = self.varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0))
         else:
             pieces = zip(self.edges, self.edges[1:])
             out = torch.cat([self._causal(q[a:b], k[a:b], v[a:b]) for a, b in pieces])
