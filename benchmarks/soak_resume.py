@@ -153,8 +153,9 @@ def soak(folder: Path, corpus: Path, processes: int, kills: int, seed: int) -> t
         "resume": "auto",
     }
     straight, killed = (small_config(corpus, folder / name, **given) for name in ("straight", "killed"))
-    started = time.monotonic()
-    codes = Run(straight, processes).finish()
+    run = Run(straight, processes)
+    started = time.monotonic()  # it runs now, and what it was forked from has imported torch
+    codes = run.finish()
     if codes != [0] * processes:
         raise RuntimeError(f"the unbroken run failed: {codes}")
     rng = np.random.default_rng(seed)

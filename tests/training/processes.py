@@ -1,6 +1,7 @@
 """Runs in processes of their own, one or several ranks, that a test may kill.
 
-They are forked from a server that has imported torch once, so that each starts in a tenth of a second.
+They are forked from a server that has imported torch once, so that each starts in a tenth of a second. It is a server
+of its own: the interpreter's one is often running by then, started by a preprocessing whose workers want no torch.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch._dynamo  # the optimizer imports it at its first step: here once for all processes
@@ -23,7 +26,8 @@ from meloformer.errors import exit_cleanly
 from meloformer.training.loop import train
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload([__name__, "torch.utils.tensorboard"])
+SERVER = forkserver.ForkServer()
+SERVER.set_forkserver_preload([__name__, "torch.utils.tensorboard"])
 
 
 class Run:
@@ -40,8 +44,9 @@ class Run:
             CONTEXT.Process(target=run_rank, args=(config, rank, world_size, port, self.outputs[rank], before))
             for rank in range(world_size)
         ]
-        for process in self.processes:
-            process.start()
+        with mock.patch.object(forkserver, "connect_to_new_process", SERVER.connect_to_new_process):
+            for process in self.processes:
+                process.start()
 
     def finish(self, timeout: float = 120) -> list[int]:
         """Exit codes of all ranks; -9 of one that was killed."""
@@ -71,7 +76,6 @@ def run_rank(
     config: Config, rank: int, world_size: int, port: int, output: Path, before: Callable[[int], None] | None
 ) -> None:
     """One process: `train`, with what it says in a file. `before(rank)` may change the code it is about to run."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # a server that preprocessing has started blocks it
     handle = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
