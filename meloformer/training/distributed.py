@@ -209,30 +209,34 @@ def joined(device_name: str) -> Iterator[Ranks]:
             print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
         elif first:
             traceback.print_exc()
-        _wait_until_said(failures, first)
-        _let_others_notice(failures, rank, world_size)
+        _leave_together(failures, first, rank, world_size)
         sys.exit(2 if isinstance(error, UserError) else 1)
 
 
-def _let_others_notice(failures: dist.Store, rank: int, world_size: int) -> None:
-    """Stay until all have failed, PATIENCE at most, where this process keeps the store that tells who was the first.
+def _leave_together(failures: dist.Store, first: bool, rank: int, world_size: int) -> None:
+    """Stay until the first to fail has spoken, for torchrun ends all processes when one has ended; and where this one
+    keeps the store that tells who was the first, until the others have left. PATIENCE at most for either.
 
     torchrun's own agent keeps it; another launcher leaves it to rank 0.
     """
-    if rank != 0 or "TORCHELASTIC_RUN_ID" in os.environ or not dist.is_initialized() or torch.cuda.is_initialized():
-        return
-    dist.destroy_process_group()  # breaks the connections that they wait on
-    end = time.monotonic() + PATIENCE
-    while failures.add("count", 0) < world_size and time.monotonic() < end:
-        time.sleep(0.02)
-
-
-def _wait_until_said(failures: dist.Store, first: bool) -> None:
-    """Until the first to fail has spoken, PATIENCE at most: torchrun ends all processes when one has ended."""
-    end = time.monotonic() + PATIENCE
+    keeps_store = rank == 0 and "TORCHELASTIC_RUN_ID" not in os.environ
     with suppress(RuntimeError):  # the store went with the rank that kept it
-        while failures.add("said", int(first)) == 0 and time.monotonic() < end:
-            time.sleep(0.02)
+        if first:
+            failures.add("said", 1)
+        if keeps_store:
+            if not dist.is_initialized() or torch.cuda.is_initialized():
+                return
+            dist.destroy_process_group()  # breaks the connections that they wait on
+        _wait(lambda: failures.add("said", 0) > 0)
+        failures.add("left", 1)
+        if keeps_store:
+            _wait(lambda: failures.add("left", 0) == world_size)
+
+
+def _wait(until: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not until() and time.monotonic() < end:
+        time.sleep(0.02)
 
 
 def _is_first_to_fail(failures: dist.Store) -> bool:
