@@ -6,7 +6,7 @@ For example: python preprocess_data.py --input midi --output processed
 
 import gc
 
-from meloformer.errors import exit_cleanly
+from meloformer.errors import ended_at_once, exit_cleanly
 
 
 def main() -> None:
@@ -16,10 +16,11 @@ def main() -> None:
     config = load(PreprocessConfig, description=__doc__)
     # After the flags, for numpy and symusic take a moment, and --help or a mistyped flag should answer at once. What
     # the workers need is imported in a process of its own meanwhile: until they start none of them works.
-    from meloformer.data.pool import begin_imports
+    with ended_at_once():
+        from meloformer.data.pool import begin_imports
 
-    begin_imports("meloformer.data.encoder")
-    from meloformer.data.preprocess import preprocess
+        begin_imports("meloformer.data.encoder")
+        from meloformer.data.preprocess import preprocess
 
     preprocess(config)
     gc.freeze()  # what is left was imported: without a look for garbage in it Python ends in 11 ms instead of 35

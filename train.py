@@ -5,14 +5,15 @@ or, of piano rolls: python train.py --family fractal --train_data train.txt --va
 import sys
 
 from meloformer.command_line import load
-from meloformer.errors import exit_cleanly
+from meloformer.errors import ended_at_once, exit_cleanly
 from meloformer.families import config_class, family_of_command_line
 
 
 def main() -> None:
     config = load(config_class(family_of_command_line(), "train"), description=__doc__)
     # Imported here: torch takes seconds, and --help or a mistyped flag should answer at once.
-    from meloformer.training.loop import train
+    with ended_at_once():
+        from meloformer.training.loop import train
 
     stopped_by = train(config)
     if stopped_by:  # as a shell counts: 130 for Ctrl-C, 143 for SIGTERM

@@ -112,6 +112,7 @@ def killed_run(config: Config, processes: int, kills: int, rng: np.random.Genera
         fallen["too late" if finished else how] += 1
         if finished:  # begin again, so that each kill meets a run with something left to do
             forget(config)
+            seconds *= 0.8  # the unbroken run was a slow one
     step = committed_step(config)
     run = Run(config, processes)
     codes = run.finish()

@@ -9,9 +9,12 @@ meloformer.errors.UserError: configs/demo.yaml: model.n_layers is not a key; the
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 PATIENCE = 30.0  # seconds, for a machine on which some processes start much later than others
 
@@ -44,3 +47,26 @@ def exit_cleanly(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+@contextmanager
+def ended_at_once() -> Iterator[None]:
+    """Ctrl-C ends the process here and now, with the word and the status of `exit_cleanly`: for what is imported.
+
+    As an exception it may come up inside an import of numpy or torch, where it was lost, became another error with a
+    traceback, or ended the interpreter with a segmentation fault, once in a hundred times.
+    """
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # a shell may have made us deaf to it
+    if not usual or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_: object) -> None:
+        os.write(2, b"interrupted\n")
+        os._exit(130)
+
+    signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
-from meloformer.errors import UserError
+from meloformer.errors import UserError, ended_at_once
 from meloformer.pretrained import family_of
 from meloformer.settings import Settings, expand_home, read_yaml
 
@@ -114,4 +114,5 @@ def _part(name: str, command: Command, which: int) -> Any:
     if places is None:
         raise UserError(f"{command}.py: the family {name} has no such command; see meloformer/families.py")
     module, _, part = places[which].partition(":")
-    return getattr(import_module(module), part)
+    with ended_at_once():
+        return getattr(import_module(module), part)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from importlib import import_module
@@ -117,6 +118,30 @@ def test_what_the_system_refuses_is_one_line(statement, line):
         assert done.returncode == 1 and "IndexError" in done.stderr
     else:
         assert done.returncode == 2 and done.stderr == f"{line}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "module"),
+    [
+        (("preprocess_data.py", "--input", "x", "--output", "y"), "symusic"),
+        (("train.py", "--data_dir", "x"), "torch"),
+        (("generate.py", "--checkpoint", "pretrained", "--output", "y"), "torch"),
+        (("evaluate.py", "--checkpoint", "pretrained"), "torch"),
+    ],
+)
+def test_ctrl_c_while_a_command_imports_ends_it(tmp_path, monkeypatch, words, module):
+    """Raised inside an import it was lost, another error with a traceback, or the end of the interpreter."""
+    swallow = "try:\n    os.kill(os.getpid(), 2)\n    time.sleep(5)\nexcept BaseException:\n    pass\n"
+    (tmp_path / f"{module}.py").write_text(f"import os, time\n{swallow}raise SystemExit(9)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background is deaf to it
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
 # --- the demo's last page -----------------------------------------------------------------------------------------

@@ -223,7 +223,7 @@ def fail(which: int, error: BaseException, rank: int) -> None:
 def test_an_error_in_one_rank_ends_all_and_is_said_once(make_config, which):
     config = make_config(max_steps=50, batch_size=1)
     run = Run(config, 2, functools.partial(fail, which, loop.TrainingError("the shard is damaged")))
-    assert run.finish(60) == [2, 2]
+    assert run.finish() == [2, 2]
     errors = [line for text in run.texts for line in text.splitlines() if line.startswith("error:")]
     assert errors == [f"error: rank {which}: the shard is damaged"], run.texts
 
@@ -238,7 +238,7 @@ def test_a_rank_that_is_killed_is_noticed(make_config, which):
     """Killed for memory, say: nobody speaks for it, so one of the others does."""
     config = make_config(max_steps=50, batch_size=1)
     run = Run(config, 2, functools.partial(kill_one, which))
-    codes = run.finish(60)
+    codes = run.finish()
     assert codes[which] == -signal.SIGKILL and codes[1 - which] == 2
     said = [line for line in run.texts[1 - which].splitlines() if line.startswith("error:")]
     assert len(said) == 1 and "another process of the run has ended" in said[0] and "--resume auto" in said[0]
@@ -251,7 +251,7 @@ def test_a_mistake_that_all_make_is_said_once(make_config, tmp_path):
     while run.codes == [None, None]:  # torchrun ends all when one has ended, and this one here had not spoken
         time.sleep(0.01)
     assert "nowhere: no such folder" in "".join(run.texts)
-    assert run.finish(60) == [2, 2]
+    assert run.finish() == [2, 2]
     assert "".join(run.texts).count("nowhere: no such folder") == 1
     assert not Path(config.training.output_dir).exists()
 
@@ -306,8 +306,7 @@ def test_torchrun_starts_ctrl_c_stops_and_a_plain_run_goes_on(make_config, tmp_p
         start_new_session=True,
     )
     metrics = Path(config.training.output_dir) / "metrics.jsonl"
-    end = time.monotonic() + 90
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 3) and time.monotonic() < end:
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
         assert run.poll() is None, run.communicate()
         time.sleep(0.1)
     os.killpg(run.pid, signal.SIGINT)

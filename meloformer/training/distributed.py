@@ -34,13 +34,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from meloformer.device import choose_device
+from meloformer.errors import PATIENCE as SPEAKING
 from meloformer.errors import UserError
 
 BUCKET = 2**23  # elements summed in one message: 32 MiB, so that copying one overlaps with sending another
 # What one rank may do while the others wait for it: write a checkpoint to a slow disk, generate a sample. A machine
 # that loses its power without closing its connections is noticed after as long.
 TIMEOUT = timedelta(minutes=30)
-PATIENCE = 5.0
+PATIENCE = 5.0  # seconds, for the others to leave
 
 T = TypeVar("T")
 
@@ -215,7 +216,7 @@ def joined(device_name: str) -> Iterator[Ranks]:
 
 def _leave_together(failures: dist.Store, first: bool, rank: int, world_size: int) -> None:
     """Stay until the first to fail has spoken, for torchrun ends all processes when one has ended; and where this one
-    keeps the store that tells who was the first, until the others have left. PATIENCE at most for either.
+    keeps the store that tells who was the first, until the others have left.
 
     torchrun's own agent keeps it; another launcher leaves it to rank 0.
     """
@@ -227,14 +228,14 @@ def _leave_together(failures: dist.Store, first: bool, rank: int, world_size: in
             if not dist.is_initialized() or torch.cuda.is_initialized():
                 return
             dist.destroy_process_group()  # breaks the connections that they wait on
-        _wait(lambda: failures.add("said", 0) > 0)
+        _wait(lambda: failures.add("said", 0) > 0, SPEAKING)
         failures.add("left", 1)
         if keeps_store:
-            _wait(lambda: failures.add("left", 0) == world_size)
+            _wait(lambda: failures.add("left", 0) == world_size, PATIENCE)
 
 
-def _wait(until: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE
+def _wait(until: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
     while not until() and time.monotonic() < end:
         time.sleep(0.02)
 

@@ -270,6 +270,8 @@ def train_rank(config: Settings, ranks: Ranks, held: ExitStack) -> int:
             due = due or (family.keep_best > 1 and progress.step % settings.save_interval == 0)
             progress.validation_due = bool(due and family.validation.num_rows)
             waited_long = settle(stopping)
+        # A signal that torchrun passes on late would end a process behind this block, and the main one may be saving.
+        ranks.wait()
 
     if ranks.is_main:
         print(last_words(folder, family, fixed, progress, stopping), flush=True)
