@@ -18,9 +18,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -83,6 +84,22 @@ def _start_server() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+@contextmanager
+def _later() -> Iterator[None]:
+    """Ctrl-C is heard at the end of the block. Not by the signal's mask, which another thread need not have."""
+    if threading.current_thread() is not threading.main_thread() or not callable(signal.getsignal(signal.SIGINT)):
+        yield
+        return
+    heard = []
+    before = signal.signal(signal.SIGINT, lambda *_: heard.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if heard:
+        signal.raise_signal(signal.SIGINT)
+
+
 def begin_imports(*modules: str) -> None:
     """Start the fork server of the pools to come: it imports the modules while this process does other things."""
     if _context(modules).get_start_method() == "forkserver":
@@ -136,7 +153,8 @@ class _Worker:
         self.connection, theirs = context.Pipe()
         self._done = context.RawValue("l", 0)
         self.process = context.Process(target=_serve, args=(theirs, self._done, *arguments), daemon=True)
-        self.process.start()
+        with _later():  # a process that is half started complains, with a traceback, that it was told nothing
+            self.process.start()
         theirs.close()  # so that the pipe closes when the process ends
         self.waiting: deque[list[tuple[int, Any]]] = deque()  # batches not answered; the first is being worked on
 

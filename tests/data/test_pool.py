@@ -6,6 +6,7 @@ import signal
 import struct
 import threading
 import time
+from multiprocessing import forkserver, popen_forkserver
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -95,6 +96,26 @@ def test_a_worker_that_somebody_kills_is_replaced(tmp_path):
     with Pool(Odd, str(tmp_path), 2, 10, 256) as pool:
         threading.Timer(0.2, lambda: os.kill(pool._workers[0].process.pid, signal.SIGKILL)).start()
         assert list(pool.map(f"slow {i}" for i in range(30))) == [str(i) for i in range(30)]
+
+
+def test_ctrl_c_waits_until_a_worker_has_started(tmp_path, monkeypatch):
+    """One that was half started complained, with a traceback, that it was told nothing."""
+    connect, launch, launched = forkserver.connect_to_new_process, popen_forkserver.Popen._launch, []
+
+    def interrupted(fds):
+        found = connect(fds)
+        signal.raise_signal(signal.SIGINT)
+        return found
+
+    monkeypatch.setattr(forkserver, "connect_to_new_process", interrupted)
+    monkeypatch.setattr(popen_forkserver.Popen, "_launch", lambda *given: launch(*given) or launched.append(given))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Pool(Odd, str(tmp_path), 2, 10, 256)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(launched) == 1
 
 
 def test_a_worker_that_dies_while_it_hands_over_its_results_has_ended(tmp_path):
