@@ -8,6 +8,7 @@ meloformer.errors.UserError: configs/demo.yaml: model.n_layers is not a key; the
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -47,6 +48,8 @@ def exit_cleanly(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    finally:
+        gc.freeze()  # what is left was imported: with a look for garbage in all of torch Python takes a second to end
 
 
 @contextmanager
