@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-PATIENCE = 30.0  # seconds, for a machine on which some processes start much later than others
+SPEAKING = 30.0  # seconds that processes give the one that speaks for them; some machines start them far apart
 
 
 class UserError(ValueError):
@@ -35,7 +35,7 @@ def exit_cleanly(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
-            time.sleep(PATIENCE)  # whoever is still there then has met what the first one has not
+            time.sleep(SPEAKING)  # whoever is still there then has met what the first one has not
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # `| head` has seen enough

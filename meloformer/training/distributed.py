@@ -34,8 +34,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from meloformer.device import choose_device
-from meloformer.errors import PATIENCE as SPEAKING
-from meloformer.errors import UserError
+from meloformer.errors import SPEAKING, UserError
 
 BUCKET = 2**23  # elements summed in one message: 32 MiB, so that copying one overlaps with sending another
 # What one rank may do while the others wait for it: write a checkpoint to a slow disk, generate a sample. A machine
