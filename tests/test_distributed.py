@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import numpy as np
@@ -248,8 +249,7 @@ def test_a_mistake_that_all_make_is_said_once(make_config, tmp_path):
     config = make_config(max_steps=1)
     config.data.data_dir = str(tmp_path / "nowhere")
     run = Run(config, 2, slow_to_speak)
-    while run.codes == [None, None]:  # torchrun ends all when one has ended, and this one here had not spoken
-        time.sleep(0.01)
+    wait([process.sentinel for process in run.processes], timeout=120)  # for one, for torchrun ends all then
     assert "nowhere: no such folder" in "".join(run.texts)
     assert run.finish() == [2, 2]
     assert "".join(run.texts).count("nowhere: no such folder") == 1
